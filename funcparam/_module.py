@@ -1,0 +1,265 @@
+"""The module shell: a parametrized network as an ordinary `nn.Module`, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from typing_extensions import Self
+
+from funcparam._parametrization import Parametrization, RawTree, StateTree
+from funcparam._tree import flatten
+from funcparam.transforms._base import Raw, State
+from funcparam.transforms._signature import TensorSpec, describe
+
+
+class Parametrized(nn.Module):
+    """A network with its parametrization, for those who train with modules.
+
+    It owns raw as parameters and state as buffers, and calls the network with the values, each
+    evaluated once a forward. In training mode every forward first advances what evolves
+    (`p.update`). Optimizers, `state_dict`, `.to`, `deepcopy`, `pickle`, `torch.compile` and
+    `torch.export` work as on any module.
+
+    `net` is copied: the one that was given stays as it is and shares nothing with this. The copy,
+    `self.net`, keeps its classes, hooks and attributes; its own tensors are empty ones on the meta
+    device, since the real ones are here:
+
+    * `raw.NAME`, `raw.NAME.KEY`: parameters (buffers where `NAME` is a buffer of the network),
+      with the `requires_grad` of the weights that they stand for;
+    * `state.NAME.KEY`: buffers;
+    * `net_buffers.NAME`: the network's own buffers, as persistent as they were.
+
+    Args:
+        net: any module.
+        p: a parametrization of it.
+        generator: as for [`Parametrization.init`][funcparam.Parametrization.init].
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `p.init(net)`.
+
+    Example:
+        >>> import torch, funcparam as fp
+        >>> from funcparam.transforms import SpectralNorm
+        >>> net = torch.nn.Linear(3, 2)
+        >>> model = fp.Parametrized(net, fp.parametrize(net, {"weight": SpectralNorm()}))
+        >>> list(model.state_dict())
+        ['raw.weight', 'raw.bias', 'state.weight.u', 'state.weight.v']
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> type(model.fold())
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+
+    net: nn.Module
+    parametrization: Parametrization[dict[str, Tensor]]
+
+    def __init__(
+        self,
+        net: nn.Module,
+        p: Parametrization[dict[str, Tensor]],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        raw, state = p.init(net, generator=generator)
+        self.parametrization = p
+        self.raw = nn.Module()
+        self.state = nn.Module()
+        self.net_buffers = nn.Module()
+        self._buffer_names: dict[str, str] = {}
+        for leaf in flatten(net)[0]:
+            name = leaf.names[0]
+            if name in raw:
+                grad = leaf.tensor.requires_grad and not leaf.is_buffer
+                for path, tensor in _paths(name, raw[name]):
+                    own = tensor if leaf.is_buffer else nn.Parameter(tensor, requires_grad=grad)
+                    _place(self.raw, path, own)
+                for path, tensor in _paths(name, state.get(name, {})):
+                    _place(self.state, path, tensor)
+            else:
+                owner, local = leaf.owners[0]
+                persistent = local not in owner._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+                _place(self.net_buffers, name, leaf.tensor.detach().clone(), persistent=persistent)
+                self._buffer_names |= dict.fromkeys(leaf.names, name)
+        # Not a child: its tensors are placeholders that nobody should train, move or save.
+        object.__setattr__(self, "net", _replaced(net, _to_meta))
+        self.train(net.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network with the parametrized values."""
+        raw, state = self.raw_and_state()
+        if self.training:
+            state = self._advance(raw, state)
+        buffers = self._own_buffers()
+        bound = {**buffers, **self.parametrization(raw, state)}
+        out = functional_call(self.net, bound, args, kwargs, tie_weights=False)
+        for name, old in buffers.items():
+            if bound[name] is not old:  # the network put another tensor in its buffer's place
+                old.copy_(bound[name])
+        return out
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001
+        """Set training mode here and in the network."""
+        if "net" in self.__dict__:
+            self.net.train(mode)
+        return super().train(mode)
+
+    def raw_and_state(self) -> tuple[dict[str, Raw], dict[str, State]]:
+        """Return this module's own tensors as `p` takes them; nothing is copied."""
+        raw: dict[str, Raw] = {}
+        state: dict[str, State] = {}
+        for entry in self.parametrization.entries:
+            name, spec = entry.name, entry.signature
+            if isinstance(spec.raw, TensorSpec):
+                raw[name] = attrgetter(name)(self.raw)
+            else:
+                raw[name] = {key: attrgetter(f"{name}.{key}")(self.raw) for key, _ in spec.raw}
+            if spec.state:
+                state[name] = {
+                    key: attrgetter(f"{name}.{key}")(self.state) for key, _ in spec.state
+                }
+        return raw, state
+
+    def values(self) -> dict[str, Tensor]:
+        """Return the parameters that the network is called with, under its own names."""
+        return self.parametrization(*self.raw_and_state())
+
+    def rebase(self) -> None:
+        """Move base points to the current values, in place; see [`Parametrization.rebase`][].
+
+        An optimizer's momentum belongs to the old raw: start it anew.
+        """
+        raw, state = self.raw_and_state()
+        with torch.no_grad():
+            new_raw, new_state = self.parametrization.rebase(raw, state)
+            _write(raw, new_raw)
+            _write(state, new_state)
+
+    def fold(self) -> nn.Module:
+        """Return a plain copy of the network with the values written into it.
+
+        It has the classes, hooks, names, order and `requires_grad` of the network that was given,
+        does not need funcparam, and shares no memory with this module.
+        """
+        return fold(self.net, {**self._own_buffers(), **self.values()})
+
+    def extra_repr(self) -> str:
+        """Show the network and the parametrization."""
+        return f"net={self.net!r}\n{self.parametrization!r}"
+
+    def _advance(self, raw: RawTree, state: StateTree) -> StateTree:
+        """Update the state, and return tensors that a later update does not write to.
+
+        Several forwards may come before one backward, which needs the state of each.
+        """
+        with torch.no_grad():
+            new = self.parametrization.update(raw, state)
+            _write(state, new)
+        return new
+
+    def _own_buffers(self) -> dict[str, Tensor]:
+        return {
+            name: attrgetter(first)(self.net_buffers) for name, first in self._buffer_names.items()
+        }
+
+
+def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """Return a plain copy of `net` with `values` written into it.
+
+    Args:
+        net: any module; it stays as it is. Its tensors that `values` does not name are copied.
+        values: tensors by name, such as `p(raw, state)` returns. One name of a tie is enough.
+
+    Returns:
+        A module with the classes, names, order and `requires_grad` of `net`, which shares no
+        memory with `net` or `values` and does not need funcparam.
+
+    Raises:
+        TypeError: `values` is not a mapping.
+        ValueError: a name is not one of the module's, or a shape differs.
+
+    Example:
+        >>> import torch, funcparam as fp
+        >>> from funcparam.transforms import Orthogonal
+        >>> net = torch.nn.Linear(2, 2)
+        >>> p = fp.parametrize(net, {"weight": Orthogonal()})
+        >>> plain = fp.fold(net, p(*p.init(net)))
+        >>> list(plain.state_dict())
+        ['weight', 'bias']
+    """
+    if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"values: expected a dict of tensors; got {describe(values)}")
+    leaves = {name: leaf for leaf in flatten(net)[0] for name in leaf.names}
+    chosen: dict[int, Tensor] = {}
+    for name, value in values.items():
+        if name not in leaves:
+            raise ValueError(f"values: unknown name {name!r}: the module has no such tensor")
+        old = leaves[name].tensor
+        if old.shape != value.shape:
+            raise ValueError(
+                f"values[{name!r}]: expected shape {tuple(old.shape)}; got {tuple(value.shape)}"
+            )
+        if chosen.setdefault(id(old), value) is not value:
+            raise ValueError(f"values: {name!r} is tied; got two different tensors for its tie")
+
+    def write(old: Tensor) -> Tensor:
+        return chosen.get(id(old), old).detach().clone()
+
+    return _replaced(net, write)
+
+
+def _replaced(net: nn.Module, new: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Copy `net` with `new(t)` in the place of each of its parameters and buffers `t`.
+
+    As a memo of deepcopy, so that ties stay ties, and lists of weights that modules keep beside
+    their parameters (RNNs do) hold the new ones too.
+    """
+    memo: dict[int, Any] = {}
+    for leaf in flatten(net)[0]:
+        old = leaf.tensor
+        tensor = new(old)
+        memo[id(old)] = (
+            tensor if leaf.is_buffer else nn.Parameter(tensor, requires_grad=old.requires_grad)
+        )
+    return deepcopy(net, memo)
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")
+
+
+def _paths(name: str, tensors: Raw) -> list[tuple[str, Tensor]]:
+    """The tensors of one leaf with their dotted paths."""
+    if isinstance(tensors, Tensor):
+        return [(name, tensors)]
+    return [(f"{name}.{key}", tensor) for key, tensor in tensors.items()]
+
+
+def _place(root: nn.Module, path: str, tensor: Tensor, *, persistent: bool = True) -> None:
+    """Register `tensor` at a dotted path below `root`, making plain modules on the way."""
+    *parents, local = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:  # pyright: ignore[reportPrivateUsage]
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(local, tensor)
+    else:
+        root.register_buffer(local, tensor, persistent=persistent)
+
+
+def _write(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Copy what changed into the tensors of `old`."""
+    for name, tensors in new.items():
+        if isinstance(tensors, Tensor):
+            if tensors is not old[name]:
+                old[name].copy_(tensors)
+        else:
+            _write(old[name], cast("Mapping[str, Any]", tensors))

@@ -1,0 +1,459 @@
+"""The dictionary level: transforms composed over a whole parameter dictionary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Generic, TypeAlias, TypeVar, cast, final, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from funcparam._inspect import table
+from funcparam._selection import Rules, select
+from funcparam._tree import Leaf, Structure, flatten
+from funcparam.transforms._base import AnyTransform, Raw, State
+from funcparam.transforms._signature import (
+    Signature,
+    TensorSpec,
+    check_named,
+    check_raw,
+    describe,
+    signature,
+)
+
+Params = TypeVar("Params")
+
+RawTree: TypeAlias = Mapping[str, Raw]
+StateTree: TypeAlias = Mapping[str, State]
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One leaf of a parametrization: its names, what it looks like, and its transform."""
+
+    names: tuple[str, ...]
+    signature: Signature
+    transform: AnyTransform | None
+
+    @property
+    def name(self) -> str:
+        """The first name, under which raw and state have it."""
+        return self.names[0]
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
+    """An immutable map from names to transforms, made by [`funcparam.parametrize`][].
+
+    As a function, `p(raw, state)` maps raw and state to the parameters: for a module an ordinary
+    `dict[str, Tensor]` under the module's own names, every name of a tie included; for any other
+    tree a tree of the same structure. Every transform is evaluated once a call.
+
+    * raw maps every name, the first one where there are several, to one tensor or to a dict of
+      named tensors. What no rule picks is its own raw.
+    * state maps the names that have one to a dict of named tensors.
+
+    Both are plain dictionaries, so `grad`, `vmap`, `torch.compile`, `torch.save` and optimizers
+    take them as they are. A parametrization hashes, compares and pickles; it holds no tensor.
+
+    Example:
+        >>> import torch, funcparam as fp
+        >>> from funcparam.transforms import WeightNorm
+        >>> net = torch.nn.Linear(3, 2)
+        >>> p = fp.parametrize(net, {"weight": WeightNorm()})
+        >>> p
+        name    transform          value           raw
+        ------  -----------------  --------------  ------------------------------------
+        weight  WeightNorm(dim=0)  float32 (2, 3)  magnitude: (2, 1), direction: (2, 3)
+        >>> raw, state = p.init(net)
+        >>> torch.func.functional_call(net, p(raw, state), (torch.ones(3),)).shape
+        torch.Size([2])
+    """
+
+    entries: tuple[Entry, ...]
+    structure: Structure | None
+    _transforms: dict[str, AnyTransform] = field(init=False, compare=False)
+    _aliases: dict[str, str] = field(init=False, compare=False)
+    _by_name: dict[str, Entry] = field(init=False, compare=False)
+    _shapes: dict[str, tuple[int, ...] | None] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        chosen = {e.name: e.transform for e in self.entries if e.transform is not None}
+        raws = {e.name: e.signature.raw for e in self.entries}
+        derived = {
+            "_transforms": chosen,
+            "_aliases": {alias: e.name for e in self.entries for alias in e.names[1:]},
+            "_by_name": {e.name: e for e in self.entries},
+            "_shapes": {n: r.shape if isinstance(r, TensorSpec) else None for n, r in raws.items()},
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    # The mapping
+
+    def __getitem__(self, name: str) -> AnyTransform:
+        return self._transforms[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._transforms)
+
+    def __len__(self) -> int:
+        return len(self._transforms)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parametrization[Params]:
+        return self
+
+    def __repr__(self) -> str:
+        rows = [
+            [" = ".join(e.names), repr(e.transform), str(e.signature.value), *_raw_and_state(e)]
+            for e in self.entries
+            if e.transform is not None
+        ]
+        head = ["name", "transform", "value", "raw", "state"]
+        if not any(row[-1] for row in rows):
+            head, rows = head[:-1], [row[:-1] for row in rows]
+        return table(head, rows)
+
+    # Raw to value
+
+    def __call__(self, raw: RawTree, state: StateTree = _NOTHING) -> Params:
+        """Map raw and state to the parameters.
+
+        Args:
+            raw: as [`init`][..init] returns it.
+            state: likewise; may be left out if no transform has any.
+
+        Raises:
+            TypeError, ValueError: a name is unknown or missing, or a shape, dtype or structure is
+                not what `init` returns. Nothing was computed.
+        """
+        self._check(raw, state)
+        values = cast("dict[str, Tensor]", dict(raw))
+        for name, transform in self._transforms.items():
+            values[name] = transform.forward(raw[name], state.get(name, _NOTHING))
+        return self._build(values)
+
+    def update(self, raw: RawTree, state: StateTree) -> dict[str, State]:
+        """Advance what evolves outside of training by one step, and return the new state.
+
+        Power iteration, for one. Call it once a training step. What does not evolve is the
+        same tensor in the result.
+        """
+        self._check(raw, state)
+        return {name: self[name].update(raw[name], own) for name, own in state.items()}
+
+    def rebase(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Raw], dict[str, State]]:
+        """Move base points to the current values, which stay as they are.
+
+        An optimizer's momentum belongs to the old raw: start it anew. Source: dynamic
+        trivializations, Lezcano-Casado, arXiv 1909.09501.
+        """
+        self._check(raw, state)
+        new_raw, new_state = dict(raw), dict(state)
+        for name, transform in self._transforms.items():
+            own = state.get(name, _NOTHING)
+            new_raw[name], own = transform.rebase(raw[name], own)
+            if own:
+                new_state[name] = own
+        return new_raw, new_state
+
+    def log_abs_det_jacobian(self, raw: RawTree, state: StateTree = _NOTHING) -> Tensor:
+        """Sum log |det d value / d raw| over all transforms; what passes through adds 0.
+
+        Raises:
+            NotImplementedError: a transform has no such determinant; its name is said.
+        """
+        self._check(raw, state)
+        total: Any = torch.zeros(())
+        for name, transform in self._transforms.items():
+            try:
+                own = transform.log_abs_det_jacobian(raw[name], state.get(name, _NOTHING))
+            except NotImplementedError as error:
+                raise NotImplementedError(f"{name!r}: {error}") from error
+            total = total + own
+        return total
+
+    # Value to raw
+
+    def init(
+        self, values: Any, *, generator: torch.Generator | None = None
+    ) -> tuple[dict[str, Raw], dict[str, State]]:
+        """Take raw and state from existing weights: the right inverse, detached and copied.
+
+        Nothing in the result shares memory with `values`, so training it leaves them alone.
+
+        Args:
+            values: a module, or a tree like the one that `p` was made for.
+            generator: where to draw what a transform draws (LoRA's first factor); None is
+                torch's default one.
+
+        Raises:
+            TypeError, ValueError: names, shapes or dtypes are not those that `p` was made for,
+                or a value is not finite or outside of what its transform can represent.
+            NotImplementedError: a transform has no right inverse.
+        """
+        raw, state = self._invert(values, generator, finite=True)
+        return _fresh(raw), _fresh(state)
+
+    def right_inverse(
+        self, params: Any, *, generator: torch.Generator | None = None
+    ) -> tuple[dict[str, Raw], dict[str, State]]:
+        """Map parameters to raw and state such that `p(raw, state)` gives them back.
+
+        The differentiable map behind [`init`][..init]: its results may share memory with
+        `params`. Errors are the same, but nothing asks whether values are finite.
+        """
+        return self._invert(params, generator, finite=False)
+
+    def _invert(
+        self, values: Any, generator: torch.Generator | None, *, finite: bool
+    ) -> tuple[dict[str, Raw], dict[str, State]]:
+        given = self._values(values)
+        raw: dict[str, Raw] = dict(given)
+        state: dict[str, State] = {}
+        for name, transform in self._transforms.items():
+            value = given[name]
+            if finite:
+                _expect_finite(name, value)
+            try:
+                raw[name], own = transform.right_inverse(value, generator=generator)
+            except (NotImplementedError, ValueError) as error:
+                raise type(error)(f"{name!r}: {error}") from error
+            if own:
+                state[name] = own
+        return raw, state
+
+    # Looking
+
+    def violation(self, params: Any, state: StateTree = _NOTHING) -> dict[str, Tensor]:
+        """Measure how far each parametrized value is from its constraint; 0 is on it.
+
+        Args:
+            params: a module, or parameters as `p` returns them.
+            state: needed where it is part of the constraint (a mask, a frozen base).
+        """
+        given = self._values(params)
+        found: dict[str, Tensor] = {}
+        for name, transform in self._transforms.items():
+            value = given[name]
+            low = value.dtype in (torch.bfloat16, torch.float16)
+            try:
+                own = state.get(name, _NOTHING)
+                found[name] = transform.violation(value.float() if low else value, own)
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from error
+        return found
+
+    def summary(self, raw: RawTree, state: StateTree = _NOTHING) -> str:
+        """Describe raw and state as a table: counts of numbers, and violations."""
+        self._check(raw, state)
+        values = {
+            name: transform.forward(raw[name], state.get(name, _NOTHING))
+            for name, transform in self._transforms.items()
+        }
+        rows: list[list[str]] = []
+        trained_total = plain = 0
+        for entry in self.entries:
+            trained = sum(t.numel() for t in _tensors(raw[entry.name]))
+            trained_total += trained
+            if entry.transform is None:
+                plain += trained
+                continue
+            own = state.get(entry.name, _NOTHING)
+            carried = sum(t.numel() for t in own.values())
+            violation = entry.transform.violation(values[entry.name], own)
+            shown = "meta" if violation.is_meta else f"{violation.item():.1e}"
+            rows.append(
+                [
+                    " = ".join(entry.names),
+                    repr(entry.transform),
+                    str(entry.signature.value.shape),
+                    f"{trained:,}",
+                    f"{carried:,}",
+                    shown,
+                ]
+            )
+        rows.append(["everything else", "", "", f"{plain:,}", "0", ""])
+        carried_total = sum(t.numel() for own in state.values() for t in own.values())
+        rows.append(["total", "", "", f"{trained_total:,}", f"{carried_total:,}", ""])
+        head = ["name", "transform", "value", "trained", "state", "violation"]
+        return table(head, rows, right=(3, 4, 5))
+
+    # The boundary
+
+    def _check(self, raw: RawTree, state: StateTree) -> None:
+        if not isinstance(raw, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"raw: expected a dict; got {describe(raw)}. raw, state = p.init(...) makes it"
+            )
+        # In the order of init, the usual one, one comparison of lists settles what passes through.
+        shapes = {name: getattr(tensor, "shape", None) for name, tensor in raw.items()}
+        if shapes != self._shapes:
+            self._check_names(raw)
+        for name, entry in self._by_name.items():
+            if entry.transform is not None or shapes[name] != self._shapes[name]:
+                check_raw(entry.signature.raw, raw[name], f"raw[{name!r}]")
+        self._check_state(state)
+
+    def _check_names(self, raw: RawTree) -> None:
+        unknown = [name for name in raw if name not in self._by_name]
+        if unknown:
+            alias = self._aliases.get(unknown[0])
+            tie = f", which is tied to {alias!r}: raw has it under that name" if alias else ""
+            raise ValueError(f"raw: unknown name {unknown[0]!r}{tie}")
+        missing = [name for name in self._by_name if name not in raw]
+        if missing:
+            raise ValueError(
+                f"raw: missing {missing[0]!r}{f' and {len(missing) - 1} more' * (len(missing) > 1)}"
+            )
+
+    def _check_state(self, state: StateTree) -> None:
+        if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"state: expected a dict; got {describe(state)}")
+        for name, entry in self._by_name.items():
+            spec = entry.signature.state
+            if name in state:
+                check_named(spec, state[name], f"state[{name!r}]")
+            elif spec:
+                raise ValueError(
+                    f"state: missing {name!r} with {', '.join(repr(key) for key, _ in spec)}."
+                    " raw, state = p.init(...) makes it, and p(raw, state) needs both"
+                )
+        for name in state:
+            if name not in self._by_name:
+                raise ValueError(f"state: unknown name {name!r}")
+
+    def _values(self, values: Any) -> dict[str, Tensor]:
+        """The tensors that p was made for, under their first names."""
+        given: dict[str, Tensor] = {}
+        for leaf in flatten(values)[0]:
+            given |= dict.fromkeys(leaf.names, leaf.tensor)
+        found: dict[str, Tensor] = {}
+        for entry in self.entries:
+            present = [name for name in entry.names if name in given]
+            if not present:
+                raise ValueError(f"missing {entry.name!r}; got {describe(given)}")
+            for name in present[1:]:
+                _expect_tied(present[0], given[present[0]], name, given[name])
+            value = found[entry.name] = given.pop(present[0])
+            for name in present[1:]:
+                del given[name]
+            if not entry.signature.value.admits(value):
+                raise ValueError(
+                    f"{entry.name!r}: expected {entry.signature.value}; got {TensorSpec.of(value)}"
+                )
+        unknown = [] if isinstance(values, nn.Module) else list(given)
+        if unknown:
+            raise ValueError(f"unknown name {unknown[0]!r}: p was made without it")
+        return found
+
+    def _build(self, values: dict[str, Tensor]) -> Params:
+        for alias, name in self._aliases.items():
+            values[alias] = values[name]
+        tree = values if self.structure is None else self.structure.fill(values)
+        return cast("Params", tree)
+
+
+@overload
+def parametrize(params: nn.Module, rules: Rules) -> Parametrization[dict[str, Tensor]]: ...
+@overload
+def parametrize(params: Params, rules: Rules) -> Parametrization[Params]: ...
+def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
+    """Choose a transform for each weight by rules, and compose them into one function.
+
+    Nothing is computed or changed: shapes are worked out on meta tensors. Continue with
+    `raw, state = p.init(params)` and `p(raw, state)`.
+
+    Args:
+        params: a module, of which all parameters and the buffers that rules name are taken; or
+            any tree of tensors (dicts, lists, tuples, named tuples, dataclasses registered with
+            optree), whose names are paths joined by dots.
+        rules: a mapping, or a list of pairs, from selectors to transforms. A selector is
+
+            * a name, `"head.weight"`: the only way to pick a buffer, with the fourth;
+            * a glob, `"encoder.*.weight"`, where `*` matches dots too;
+            * a module type, `nn.Conv2d`: every parameter that sits in such a module;
+            * a pair of module type and name or glob, `(nn.LSTM, "weight_hh_*")`;
+            * a predicate, `lambda name, tensor: tensor.ndim == 2`.
+
+            The first that matches a name wins. Tied weights are one: a rule for one of their
+            names is a rule for the tie.
+
+    Returns:
+        The parametrization, an immutable [`Parametrization`][funcparam.Parametrization].
+
+    Raises:
+        ValueError: a rule matches nothing (the closest names are said) or never applies; two
+            rules meet on a tie; a transform cannot serve a value's shape or dtype.
+        TypeError: a selector, a transform or a leaf is not one.
+
+    Example:
+        >>> import torch, funcparam as fp
+        >>> from funcparam.transforms import Orthogonal, Positive
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+        >>> p = fp.parametrize(net, {"0.weight": Orthogonal(), "1.weight": Positive()})
+        >>> raw, state = p.init(net)
+        >>> sorted(p(raw, state))
+        ['0.bias', '0.weight', '1.bias', '1.weight']
+    """
+    leaves, structure = flatten(params)
+    chosen = select(rules, leaves)
+    kept = [leaf for leaf in leaves if not leaf.is_buffer or leaf.names[0] in chosen]
+    return Parametrization(tuple(_entry(leaf, chosen) for leaf in kept), structure)
+
+
+def _entry(leaf: Leaf, chosen: Mapping[str, AnyTransform]) -> Entry:
+    name = leaf.names[0]
+    if is_lazy(leaf.tensor):
+        raise ValueError(
+            f"{name!r} is not initialised: its module is lazy. Run one batch through the network"
+            " first, which gives the weight its shape"
+        )
+    transform = chosen.get(name)
+    try:
+        return Entry(leaf.names, signature(transform, leaf.tensor), transform)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name!r}: {error}") from error
+
+
+def _expect_finite(name: str, value: Tensor) -> None:
+    if value.is_meta or torch.func.debug_unwrap(value) is not value:
+        return
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name!r}: expected finite values; got NaN or infinity")
+
+
+def _expect_tied(name: str, value: Tensor, alias: str, other: Tensor) -> None:
+    if other is value or value.is_meta or torch.func.debug_unwrap(value) is not value:
+        return
+    if not torch.equal(value, other):
+        raise ValueError(
+            f"{name!r} and {alias!r} are tied in the parametrization; got two different tensors"
+        )
+
+
+def _fresh(tree: Mapping[str, Any]) -> dict[str, Any]:
+    def copy(node: Any) -> Any:
+        return node.detach().clone() if isinstance(node, Tensor) else _fresh(node)
+
+    return {name: copy(node) for name, node in tree.items()}
+
+
+def _tensors(raw: Raw) -> list[Tensor]:
+    return [raw] if isinstance(raw, Tensor) else list(raw.values())
+
+
+def _raw_and_state(entry: Entry) -> tuple[str, str]:
+    raw = entry.signature.raw
+    parts = ((("", raw),) if isinstance(raw, TensorSpec) else raw), entry.signature.state
+    raw_text, state_text = (
+        ", ".join(f"{name}: {spec.shape}" if name else str(spec.shape) for name, spec in part)
+        for part in parts
+    )
+    return raw_text or "nothing", state_text

@@ -1,0 +1,138 @@
+"""Rules: which transform goes to which name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor, nn
+
+from funcparam._tree import Leaf
+from funcparam.transforms._base import AnyTransform, Transform
+from funcparam.transforms._signature import describe
+
+Selector: TypeAlias = (
+    "str | type[nn.Module] | tuple[type[nn.Module], str] | Callable[[str, Tensor], bool]"
+)
+Rules: TypeAlias = "Mapping[Any, AnyTransform] | Sequence[tuple[Selector, AnyTransform]]"
+
+
+def select(rules: Rules, leaves: Sequence[Leaf]) -> dict[str, AnyTransform]:
+    """Find the transform of each leaf that a rule picks, under the leaf's first name.
+
+    Raises:
+        TypeError: a rule is not a selector with a transform.
+        ValueError: a rule picks nothing, or only what earlier rules took, or two rules pick the
+            names of one tie.
+    """
+    pairs = list(rules.items()) if isinstance(rules, Mapping) else _pairs(rules)
+    names = [(name, leaf, i) for leaf in leaves for i, name in enumerate(leaf.names)]
+    taken: dict[str, int] = {}
+    for number, (selector, transform) in enumerate(pairs):
+        if not isinstance(transform, Transform):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"rule {_show(selector)}: expected a transform; got {describe(transform)}."
+                " fp.transform makes one from a function"
+            )
+        matches = _matcher(selector, {name for name, _, _ in names})
+        matched = [name for name, leaf, i in names if matches(name, leaf, i)]
+        if not matched:
+            raise ValueError(_nothing_matched(selector, leaves))
+        won = [name for name in matched if name not in taken]
+        if not won:
+            first, winner = matched[0], _show(pairs[taken[matched[0]]][0])
+            raise ValueError(
+                f"rule {_show(selector)} never applies: the earlier rule {winner} takes {first!r}"
+                " and whatever else it matches. Put the narrower rule first"
+            )
+        taken |= dict.fromkeys(won, number)
+    return _per_leaf(pairs, leaves, taken)
+
+
+def _pairs(rules: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise TypeError(
+            "rules: expected a mapping, or a list of pairs, from selectors to transforms;"
+            f" got {describe(rules)}"
+        )
+    for rule in cast("Sequence[Any]", rules):
+        if not isinstance(rule, tuple) or len(cast("tuple[Any, ...]", rule)) != 2:
+            raise TypeError(f"rules: expected pairs (selector, transform); got {rule!r}")
+    return list(cast("Sequence[tuple[Any, Any]]", rules))
+
+
+_Matcher: TypeAlias = Callable[[str, Leaf, int], bool]
+
+
+def _matcher(selector: Any, names: set[str]) -> _Matcher:
+    """Turn a selector into a test of (name, leaf, which of the leaf's names).
+
+    Buffers are picked by their own name only: a pattern for weights means parameters.
+    """
+    match selector:
+        case str() if selector in names:
+            return lambda name, leaf, i: name == selector
+        case str():
+            return lambda name, leaf, i: not leaf.is_buffer and fnmatchcase(name, selector)
+        case type() if issubclass(selector, nn.Module):
+            return lambda name, leaf, i: not leaf.is_buffer and _owned(leaf, i, selector, "*")
+        case (type() as kind, str() as local) if issubclass(kind, nn.Module):
+            return lambda name, leaf, i: (
+                _owned(leaf, i, kind, local) and (not leaf.is_buffer or leaf.owners[i][1] == local)
+            )
+        case _ if callable(selector) and not isinstance(selector, type):
+            return lambda name, leaf, i: not leaf.is_buffer and bool(selector(name, leaf.tensor))
+        case _:
+            raise TypeError(
+                "rules: expected a name, a glob, a module type, (module type, name) or a predicate"
+                f" (name, tensor) -> bool as selector; got {selector!r}"
+            )
+
+
+def _owned(leaf: Leaf, i: int, kind: type[nn.Module], local: str) -> bool:
+    if not leaf.owners:
+        return False
+    owner, own_name = leaf.owners[i]
+    return isinstance(owner, kind) and fnmatchcase(own_name, local)
+
+
+def _per_leaf(
+    pairs: Sequence[tuple[Any, AnyTransform]], leaves: Sequence[Leaf], taken: Mapping[str, int]
+) -> dict[str, AnyTransform]:
+    transforms: dict[str, AnyTransform] = {}
+    for leaf in leaves:
+        numbers = {taken[name]: name for name in leaf.names if name in taken}
+        if len(numbers) > 1:
+            rules = " and ".join(f"{name!r} by {_show(pairs[n][0])}" for n, name in numbers.items())
+            raise ValueError(
+                f"{leaf.names[0]!r} is tied to {', '.join(map(repr, leaf.names[1:]))} and can"
+                f" have one rule; got {rules}"
+            )
+        for number in numbers:
+            transforms[leaf.names[0]] = pairs[number][1]
+    return transforms
+
+
+def _nothing_matched(selector: Any, leaves: Sequence[Leaf]) -> str:
+    names = [name for leaf in leaves for name in leaf.names]
+    if not isinstance(selector, str):
+        return f"rule {_show(selector)} matches nothing; the names are {_some(names)}"
+    near = get_close_matches(selector, names, n=3, cutoff=0.4)
+    if near:
+        return f"rule {selector!r} matches nothing; the closest names are {_some(near)}"
+    return f"rule {selector!r} matches nothing; the names are {_some(names)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:6]))
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "none"
+
+
+def _show(selector: Any) -> str:
+    if isinstance(selector, type):
+        return selector.__qualname__
+    if isinstance(selector, tuple):
+        return f"({', '.join(map(_show, cast('tuple[Any, ...]', selector)))})"
+    return repr(selector)

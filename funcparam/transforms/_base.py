@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+Raw: TypeAlias = "Tensor | Mapping[str, Tensor]"
+"""What is trained in place of a value: one tensor, or named tensors."""
+
+State: TypeAlias = Mapping[str, Tensor]
+"""What a transform carries without training it; empty for most."""
+
+R = TypeVar("R", bound=Raw)
+
+
+class Transform(ABC, Generic[R]):
+    """A pure map from raw tensors to the value that a network uses, with a right inverse.
+
+    Subclasses are final frozen dataclasses. They implement [`forward`][..forward] and
+    [`right_inverse`][..right_inverse], and override the rest where there is more to say. They
+    are generic in what raw is: `Transform[Tensor]` or `Transform[Mapping[str, Tensor]]`.
+
+    Five laws hold for every transform; one suite of tests crosses them with all transforms.
+
+    1. **Static configuration only.** A transform is hashable, comparable and picklable and
+       holds no tensor. Every tensor is in raw (trained) or in state (not trained), so that
+       bounds, masks, base points and adapters can be swapped, stacked and saved, and swept
+       with `vmap`, without touching the transform.
+    2. **Pure.** No input is written to, nothing random is drawn in `forward`, no Python state
+       is kept. What evolves (power iteration) evolves in `update` alone, which returns it.
+    3. **Round trip.** `forward(*right_inverse(v)) == v` for every `v` that satisfies the
+       constraint; any other `v` goes to the projection that the transform documents, or is
+       refused with an error.
+    4. **Transformable.** `vmap` equals a loop; `grad`, `jvp`, forward over reverse,
+       `vmap(grad)`, double backward, `torch.compile(fullgraph=True)`, `torch.export` and meta
+       tensors work. Half precision computes in float32 inside.
+    5. **Right against an oracle** that shares no code with it.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Symmetric
+        >>> transform = Symmetric()
+        >>> raw, state = transform.right_inverse(torch.tensor([[1.0, 2.0], [2.0, 3.0]]))
+        >>> transform.forward(raw, state)
+        tensor([[1., 2.],
+                [2., 3.]])
+    """
+
+    @abstractmethod
+    def forward(self, raw: R, state: State) -> Tensor:
+        """Map raw to the value."""
+
+    @abstractmethod
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[R, State]:
+        """Find raw and state that `forward` maps to `value`, or to its documented projection.
+
+        Args:
+            value: the tensor to represent.
+            generator: where a transform has to draw raw tensors that leave the value as it is
+                (LoRA's first factor), it draws them from here; None is torch's default one.
+
+        Raises:
+            NotImplementedError: the transform has none; the message says what to do instead.
+        """
+
+    def update(self, raw: R, state: State) -> State:
+        """Take one step of whatever evolves outside of training; most transforms have nothing.
+
+        What does not evolve is returned as the same tensor, so `is` tells what changed.
+        """
+        return state
+
+    def rebase(self, raw: R, state: State) -> tuple[R, State]:
+        """Move the base point to the current value, which stays; the identity without one."""
+        return raw, state
+
+    @abstractmethod
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Measure how far `value` is from satisfying the constraint: a scalar, 0 where it does.
+
+        `state` matters only where it is part of the constraint (a mask, a frozen base).
+        """
+
+    def log_abs_det_jacobian(self, raw: R, state: State) -> Tensor:
+        """Compute log |det d value / d raw| over their free coordinates, as a scalar.
+
+        Raises:
+            NotImplementedError: the map has no such determinant; the message says why.
+        """
+        raise NotImplementedError(
+            f"{self!r} has no log_abs_det_jacobian: raw and value do not have equally many free"
+            " coordinates, so the Jacobian has no determinant"
+        )
+
+    def check(self, value: Tensor) -> None:
+        """Raise ValueError if no value of this shape and dtype can be served.
+
+        Looks at shape and dtype only. The default asks for floating-point or complex.
+        """
+        expect_inexact(self, value)
+
+
+AnyTransform: TypeAlias = Transform[Any]
+
+
+def expect_inexact(transform: AnyTransform, value: Tensor) -> None:
+    """Raise ValueError unless `value` is floating-point or complex."""
+    if not (value.is_floating_point() or value.is_complex()):
+        raise ValueError(
+            f"{transform!r} expects a floating-point or complex tensor; got {value.dtype}."
+            " Integers cannot be trained: leave it out of the rules, or use Frozen()"
+        )
+
+
+def expect_real(transform: AnyTransform, value: Tensor) -> None:
+    """Raise ValueError unless `value` is real and floating-point."""
+    expect_inexact(transform, value)
+    if value.is_complex():
+        raise ValueError(f"{transform!r} expects a real tensor; got {value.dtype}")
+
+
+def expect_matrix(transform: AnyTransform, value: Tensor) -> None:
+    """Raise ValueError unless `value` is a matrix or a batch of matrices."""
+    if value.ndim < 2:
+        raise ValueError(
+            f"{transform!r} expects a matrix or batch of matrices; got shape {tuple(value.shape)}"
+        )
+
+
+def expect_square(transform: AnyTransform, value: Tensor) -> None:
+    """Raise ValueError unless `value` is a square matrix or a batch of them."""
+    expect_matrix(transform, value)
+    if value.shape[-1] != value.shape[-2]:
+        raise ValueError(
+            f"{transform!r} expects a square matrix or a batch of them;"
+            f" got shape {tuple(value.shape)}"
+        )
+
+
+def expect_dim(transform: AnyTransform, value: Tensor, dim: int) -> None:
+    """Raise ValueError unless `dim` is a dimension of `value`."""
+    if not -value.ndim <= dim < value.ndim:
+        raise ValueError(
+            f"{transform!r} expects a tensor with a dimension {dim}; got shape {tuple(value.shape)}"
+        )
+
+
+def expect_all(transform: AnyTransform, condition: Tensor, message: str) -> None:
+    """Raise ValueError unless `condition` holds everywhere, where its entries can be read.
+
+    On meta tensors, inside `torch.func` transforms and while compiling there is nothing to read:
+    the check is left out.
+    """
+    if torch.compiler.is_compiling() or condition.is_meta:
+        return
+    if torch.func.debug_unwrap(condition) is not condition:
+        return
+    if not bool(condition.all()):
+        raise ValueError(f"{transform!r} {message}")
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """Return the largest absolute entry; 0 of an empty tensor."""
+    return tensor.abs().amax() if tensor.numel() else tensor.abs().sum()

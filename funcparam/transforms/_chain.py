@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms._base import AnyTransform, State, Transform
+
+
+@final
+@dataclass(frozen=True, init=False)
+class Chain(Transform[Any]):
+    """The composition of transforms, first to last: `Chain(a, b)` maps raw to `b(a(raw))`.
+
+    Raw is the first transform's. Every later one takes the tensor before it as its raw, so only
+    the first can have named raw tensors. State holds the states of all under their position:
+    `"1.base"` is the base point of the second. The right inverse runs backwards.
+
+    `rebase` moves the first transform's base point; the log-determinants add up; the constraint
+    that `violation` measures is that of the last.
+
+    Args:
+        *parts: at least one transform.
+
+    Raises:
+        ValueError: there are no parts.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Chain, Positive, Symmetric
+        >>> transform = Chain(Symmetric(), Positive())
+        >>> raw, state = transform.right_inverse(torch.ones(2, 2))
+        >>> transform.forward(raw, state)
+        tensor([[1., 1.],
+                [1., 1.]])
+    """
+
+    parts: tuple[AnyTransform, ...]
+
+    def __init__(self, *parts: AnyTransform) -> None:
+        if not parts:
+            raise ValueError("Chain expects at least one transform; got none")
+        for part in parts:
+            if not isinstance(part, Transform):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"Chain expects transforms; got {part!r}")
+        object.__setattr__(self, "parts", parts)
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.parts))})"
+
+    def forward(self, raw: Any, state: State) -> Tensor:
+        for part, own in self._each(state):
+            raw = part.forward(raw, own)
+        return raw
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Any, State]:
+        state: dict[str, Tensor] = {}
+        raw: Any = value
+        for i, part in reversed(list(enumerate(self.parts))):
+            if not isinstance(raw, Tensor):
+                raise ValueError(
+                    f"{self!r}: only the first transform of a chain can have named raw tensors;"
+                    f" got {self.parts[i + 1]!r} at position {i + 1}"
+                )
+            raw, own = part.right_inverse(raw, generator=generator)
+            state |= {f"{i}.{key}": tensor for key, tensor in own.items()}
+        return raw, state
+
+    def update(self, raw: Any, state: State) -> State:
+        new: dict[str, Tensor] = {}
+        for i, (part, own) in enumerate(self._each(state)):
+            own = part.update(raw, own)
+            new |= {f"{i}.{key}": tensor for key, tensor in own.items()}
+            raw = part.forward(raw, own)
+        return new
+
+    def rebase(self, raw: Any, state: State) -> tuple[Any, State]:
+        first, own = next(self._each(state))
+        raw, own = first.rebase(raw, own)
+        return raw, {**state, **{f"0.{key}": tensor for key, tensor in own.items()}}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        last, own = list(self._each(state))[-1]
+        return last.violation(value, own)
+
+    def log_abs_det_jacobian(self, raw: Any, state: State) -> Tensor:
+        total: Any = 0
+        for part, own in self._each(state):
+            total = total + part.log_abs_det_jacobian(raw, own)
+            raw = part.forward(raw, own)
+        return total
+
+    def check(self, value: Tensor) -> None:
+        for part in self.parts:
+            part.check(value)
+
+    def _each(self, state: State) -> Iterator[tuple[AnyTransform, State]]:
+        for i, part in enumerate(self.parts):
+            prefix = f"{i}."
+            own = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+            yield part, own

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms._base import State, Transform, largest
+
+
+@final
+@dataclass(frozen=True)
+class Frozen(Transform[Mapping[str, Tensor]]):
+    """A value that is not trained: it is in state `{"value"}`, and raw is an empty dict.
+
+    Any shape and dtype, integers included. The log-determinant is 0: nothing is free.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Frozen
+        >>> Frozen().right_inverse(torch.tensor([1, 2]))
+        ({}, {'value': tensor([1, 2])})
+    """
+
+    def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        return state["value"]
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Mapping[str, Tensor], State]:
+        return {}, {"value": value}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest |value - frozen value|. The value in state is the constraint."""
+        if "value" not in state:
+            raise ValueError(f"{self!r} expects state with a 'value', which is its constraint")
+        return largest(value - state["value"])
+
+    def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        """Zero: nothing is free."""
+        return torch.zeros((), device=state["value"].device)
+
+    def check(self, value: Tensor) -> None:
+        """Everything can be frozen."""
