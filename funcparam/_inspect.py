@@ -1,11 +1,78 @@
-"""Plain-text tables."""
+"""Plain-text tables of parametrizations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from funcparam._boundary import Entry, RawTree, StateTree
+from funcparam.transforms._signature import NamedSpecs, TensorSpec
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+def overview(entries: Sequence[Entry]) -> str:
+    """What is parametrized by what: one row for each transform."""
+    head = ["name", "transform", "value", "raw", "state"]
+    rows = [
+        [
+            _name(entry),
+            repr(entry.transform),
+            str(entry.signature.value),
+            _shapes(entry.signature.raw) or "nothing",
+            _shapes(entry.signature.state),
+        ]
+        for entry in entries
+        if entry.transform is not None
+    ]
+    if not any(row[-1] for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    return _table(head, rows)
+
+
+def summary(
+    entries: Sequence[Entry], raw: RawTree, state: StateTree, violations: Mapping[str, Tensor]
+) -> str:
+    """How many numbers are trained and carried, and how far each value is from its constraint."""
+    rows = [
+        [
+            _name(entry),
+            repr(entry.transform),
+            str(entry.signature.value.shape),
+            f"{_count([raw[entry.name]]):,}",
+            f"{_count([state.get(entry.name, {})]):,}",
+            _number(violations[entry.name]),
+        ]
+        for entry in entries
+        if entry.transform is not None
+    ]
+    plain = _count(raw[entry.name] for entry in entries if entry.transform is None)
+    rows.append(["everything else", "", "", f"{plain:,}", "0", ""])
+    rows.append(["total", "", "", f"{_count(raw.values()):,}", f"{_count(state.values()):,}", ""])
+    head = ["name", "transform", "value", "trained", "state", "violation"]
+    return _table(head, rows, right=(3, 4, 5))
+
+
+def _name(entry: Entry) -> str:
+    return " = ".join(entry.names)
+
+
+def _shapes(specs: TensorSpec | NamedSpecs) -> str:
+    if isinstance(specs, TensorSpec):
+        return str(specs.shape)
+    return ", ".join(f"{name}: {spec.shape}" for name, spec in specs)
+
+
+def _number(scalar: Tensor) -> str:
+    return "meta" if scalar.is_meta else f"{scalar.item():.1e}"
+
+
+def _count(leaves: Iterable[Tensor | Mapping[str, Tensor]]) -> int:
+    return sum(
+        leaf.numel() if isinstance(leaf, Tensor) else _count(leaf.values()) for leaf in leaves
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     """Lay out rows under a head in columns as wide as they need; `right` ones are flush right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import Self
 
-from funcparam._parametrization import Parametrization, RawTree, StateTree
+from funcparam._boundary import RawTree, StateTree
+from funcparam._parametrization import Parametrization
 from funcparam._tree import flatten
 from funcparam.transforms._base import Raw, State
 from funcparam.transforms._signature import TensorSpec, describe

@@ -5,45 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Generic, TypeAlias, TypeVar, cast, final, overload
+from typing import Any, Generic, TypeVar, cast, final, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from funcparam._inspect import table
+from funcparam._boundary import (
+    Entry,
+    RawTree,
+    StateTree,
+    check_chosen,
+    check_raw_tree,
+    expect_finite,
+    expect_tied,
+    looks_right,
+)
+from funcparam._inspect import overview, summary
 from funcparam._selection import Rules, select
 from funcparam._tree import Leaf, Structure, flatten
 from funcparam.transforms._base import AnyTransform, Raw, State
-from funcparam.transforms._signature import (
-    Signature,
-    TensorSpec,
-    check_named,
-    check_raw,
-    describe,
-    signature,
-)
+from funcparam.transforms._signature import TensorSpec, describe, signature
 
 Params = TypeVar("Params")
 
-RawTree: TypeAlias = Mapping[str, Raw]
-StateTree: TypeAlias = Mapping[str, State]
-
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One leaf of a parametrization: its names, what it looks like, and its transform."""
-
-    names: tuple[str, ...]
-    signature: Signature
-    transform: AnyTransform | None
-
-    @property
-    def name(self) -> str:
-        """The first name, under which raw and state have it."""
-        return self.names[0]
 
 
 @final
@@ -80,7 +66,7 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
     structure: Structure | None
     _transforms: dict[str, AnyTransform] = field(init=False, compare=False)
     _aliases: dict[str, str] = field(init=False, compare=False)
-    _by_name: dict[str, Entry] = field(init=False, compare=False)
+    _chosen: tuple[Entry, ...] = field(init=False, compare=False)
     _shapes: dict[str, tuple[int, ...] | None] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +75,7 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
         derived = {
             "_transforms": chosen,
             "_aliases": {alias: e.name for e in self.entries for alias in e.names[1:]},
-            "_by_name": {e.name: e for e in self.entries},
+            "_chosen": tuple(e for e in self.entries if e.transform is not None),
             "_shapes": {n: r.shape if isinstance(r, TensorSpec) else None for n, r in raws.items()},
         }
         for name, value in derived.items():
@@ -110,15 +96,7 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
         return self
 
     def __repr__(self) -> str:
-        rows = [
-            [" = ".join(e.names), repr(e.transform), str(e.signature.value), *_raw_and_state(e)]
-            for e in self.entries
-            if e.transform is not None
-        ]
-        head = ["name", "transform", "value", "raw", "state"]
-        if not any(row[-1] for row in rows):
-            head, rows = head[:-1], [row[:-1] for row in rows]
-        return table(head, rows)
+        return overview(self.entries)
 
     # Raw to value
 
@@ -220,7 +198,7 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
         for name, transform in self._transforms.items():
             value = given[name]
             if finite:
-                _expect_finite(name, value)
+                expect_finite(name, value)
             try:
                 raw[name], own = transform.right_inverse(value, generator=generator)
             except (NotImplementedError, ValueError) as error:
@@ -253,81 +231,17 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
     def summary(self, raw: RawTree, state: StateTree = _NOTHING) -> str:
         """Describe raw and state as a table: counts of numbers, and violations."""
         self._check(raw, state)
-        values = {
-            name: transform.forward(raw[name], state.get(name, _NOTHING))
-            for name, transform in self._transforms.items()
-        }
-        rows: list[list[str]] = []
-        trained_total = plain = 0
-        for entry in self.entries:
-            trained = sum(t.numel() for t in _tensors(raw[entry.name]))
-            trained_total += trained
-            if entry.transform is None:
-                plain += trained
-                continue
-            own = state.get(entry.name, _NOTHING)
-            carried = sum(t.numel() for t in own.values())
-            violation = entry.transform.violation(values[entry.name], own)
-            shown = "meta" if violation.is_meta else f"{violation.item():.1e}"
-            rows.append(
-                [
-                    " = ".join(entry.names),
-                    repr(entry.transform),
-                    str(entry.signature.value.shape),
-                    f"{trained:,}",
-                    f"{carried:,}",
-                    shown,
-                ]
-            )
-        rows.append(["everything else", "", "", f"{plain:,}", "0", ""])
-        carried_total = sum(t.numel() for own in state.values() for t in own.values())
-        rows.append(["total", "", "", f"{trained_total:,}", f"{carried_total:,}", ""])
-        head = ["name", "transform", "value", "trained", "state", "violation"]
-        return table(head, rows, right=(3, 4, 5))
+        own = {name: state.get(name, _NOTHING) for name in self}
+        values = {name: self[name].forward(raw[name], own[name]) for name in self}
+        found = {name: self[name].violation(values[name], own[name]) for name in self}
+        return summary(self.entries, raw, state, found)
 
     # The boundary
 
     def _check(self, raw: RawTree, state: StateTree) -> None:
-        if not isinstance(raw, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"raw: expected a dict; got {describe(raw)}. raw, state = p.init(...) makes it"
-            )
-        # In the order of init, the usual one, one comparison of lists settles what passes through.
-        shapes = {name: getattr(tensor, "shape", None) for name, tensor in raw.items()}
-        if shapes != self._shapes:
-            self._check_names(raw)
-        for name, entry in self._by_name.items():
-            if entry.transform is not None or shapes[name] != self._shapes[name]:
-                check_raw(entry.signature.raw, raw[name], f"raw[{name!r}]")
-        self._check_state(state)
-
-    def _check_names(self, raw: RawTree) -> None:
-        unknown = [name for name in raw if name not in self._by_name]
-        if unknown:
-            alias = self._aliases.get(unknown[0])
-            tie = f", which is tied to {alias!r}: raw has it under that name" if alias else ""
-            raise ValueError(f"raw: unknown name {unknown[0]!r}{tie}")
-        missing = [name for name in self._by_name if name not in raw]
-        if missing:
-            raise ValueError(
-                f"raw: missing {missing[0]!r}{f' and {len(missing) - 1} more' * (len(missing) > 1)}"
-            )
-
-    def _check_state(self, state: StateTree) -> None:
-        if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"state: expected a dict; got {describe(state)}")
-        for name, entry in self._by_name.items():
-            spec = entry.signature.state
-            if name in state:
-                check_named(spec, state[name], f"state[{name!r}]")
-            elif spec:
-                raise ValueError(
-                    f"state: missing {name!r} with {', '.join(repr(key) for key, _ in spec)}."
-                    " raw, state = p.init(...) makes it, and p(raw, state) needs both"
-                )
-        for name in state:
-            if name not in self._by_name:
-                raise ValueError(f"state: unknown name {name!r}")
+        if not looks_right(self._shapes, raw):
+            check_raw_tree(self.entries, raw)
+        check_chosen(self._chosen, raw, state)
 
     def _values(self, values: Any) -> dict[str, Tensor]:
         """The tensors that p was made for, under their first names."""
@@ -340,7 +254,7 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
             if not present:
                 raise ValueError(f"missing {entry.name!r}; got {describe(given)}")
             for name in present[1:]:
-                _expect_tied(present[0], given[present[0]], name, given[name])
+                expect_tied(present[0], given[present[0]], name, given[name])
             value = found[entry.name] = given.pop(present[0])
             for name in present[1:]:
                 del given[name]
@@ -422,38 +336,8 @@ def _entry(leaf: Leaf, chosen: Mapping[str, AnyTransform]) -> Entry:
         raise type(error)(f"{name!r}: {error}") from error
 
 
-def _expect_finite(name: str, value: Tensor) -> None:
-    if value.is_meta or torch.func.debug_unwrap(value) is not value:
-        return
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name!r}: expected finite values; got NaN or infinity")
-
-
-def _expect_tied(name: str, value: Tensor, alias: str, other: Tensor) -> None:
-    if other is value or value.is_meta or torch.func.debug_unwrap(value) is not value:
-        return
-    if not torch.equal(value, other):
-        raise ValueError(
-            f"{name!r} and {alias!r} are tied in the parametrization; got two different tensors"
-        )
-
-
 def _fresh(tree: Mapping[str, Any]) -> dict[str, Any]:
     def copy(node: Any) -> Any:
         return node.detach().clone() if isinstance(node, Tensor) else _fresh(node)
 
     return {name: copy(node) for name, node in tree.items()}
-
-
-def _tensors(raw: Raw) -> list[Tensor]:
-    return [raw] if isinstance(raw, Tensor) else list(raw.values())
-
-
-def _raw_and_state(entry: Entry) -> tuple[str, str]:
-    raw = entry.signature.raw
-    parts = ((("", raw),) if isinstance(raw, TensorSpec) else raw), entry.signature.state
-    raw_text, state_text = (
-        ", ".join(f"{name}: {spec.shape}" if name else str(spec.shape) for name, spec in part)
-        for part in parts
-    )
-    return raw_text or "nothing", state_text

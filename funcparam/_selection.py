@@ -27,14 +27,16 @@ def select(rules: Rules, leaves: Sequence[Leaf]) -> dict[str, AnyTransform]:
         ValueError: a rule picks nothing, or only what earlier rules took, or two rules pick the
             names of one tie.
     """
-    pairs = list(rules.items()) if isinstance(rules, Mapping) else _pairs(rules)
+    pairs = _pairs(rules)
     names = [(name, leaf, i) for leaf in leaves for i, name in enumerate(leaf.names)]
     taken: dict[str, int] = {}
     for number, (selector, transform) in enumerate(pairs):
-        if not isinstance(transform, Transform):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(transform, Transform):
+            a_class = isinstance(transform, type)
+            hint = "Call the class" if a_class else "fp.transform makes one from a function"
             raise TypeError(
-                f"rule {_show(selector)}: expected a transform; got {describe(transform)}."
-                " fp.transform makes one from a function"
+                f"rule {_show(selector)}: expected a transform;"
+                f" got {_show(transform) if a_class else describe(transform)}. {hint}"
             )
         matches = _matcher(selector, {name for name, _, _ in names})
         matched = [name for name, leaf, i in names if matches(name, leaf, i)]
@@ -52,6 +54,8 @@ def select(rules: Rules, leaves: Sequence[Leaf]) -> dict[str, AnyTransform]:
 
 
 def _pairs(rules: Any) -> list[tuple[Any, Any]]:
+    if isinstance(rules, Mapping):
+        return list(cast("Mapping[Any, Any]", rules).items())
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise TypeError(
             "rules: expected a mapping, or a list of pairs, from selectors to transforms;"

@@ -1,0 +1,210 @@
+"""THE table of transforms: a transform is a row here before it is code.
+
+Every file in `laws/` crosses all rows with one law.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from funcparam.transforms import (
+    Chain,
+    Frozen,
+    Interval,
+    LoRA,
+    Mask,
+    Orthogonal,
+    Positive,
+    Skew,
+    SpectralNorm,
+    Symmetric,
+    Transform,
+    WeightNorm,
+    transform,
+)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A transform, the shapes to try it on, and what is true of it."""
+
+    transform: Transform
+    shapes: tuple[Shape, ...]
+    feasible: Callable[[Tensor], Tensor] = lambda x: x
+    """Maps any tensor to a value that satisfies the constraint, without the library's code."""
+    projection: Callable[[Tensor], Tensor] | None = None
+    """The documented projection of other values; None where there is none or none is needed."""
+    complex: bool = False
+    log_det: Callable[[Tensor], Tensor] | None = None
+    """Picks the free coordinates of raw and of a value; None where there is no determinant."""
+    name: str = field(default="")
+
+    def __str__(self) -> str:
+        return self.name or repr(self.transform)
+
+
+def _numpy(function: Callable[[Any], Any]) -> Callable[[Tensor], Tensor]:
+    """Apply a numpy function to each matrix of a batch."""
+
+    def apply(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, *x.shape[-2:])
+        out = [torch.from_numpy(function(m.numpy().copy())) for m in flat]
+        return torch.stack(out).reshape(x.shape).to(x.dtype)
+
+    return apply
+
+
+def _q_factor(m):
+    """Q of the QR decomposition with a positive diagonal, by scipy; of the transpose if wide."""
+    if m.shape[0] < m.shape[1]:
+        return _q_factor(m.T).T
+    q, r = scipy.linalg.qr(m, mode="economic")
+    d = r.diagonal()
+    return q * (d / abs(d))
+
+
+def _unit_spectral_norm(m):
+    return m / scipy.linalg.svdvals(m)[0]
+
+
+def _flat_spectral(dim: int) -> Callable[[Tensor], Tensor]:
+    def apply(x: Tensor) -> Tensor:
+        s = scipy.linalg.svdvals(x.movedim(dim, 0).flatten(1).numpy())[0]
+        return x / s.item()
+
+    return apply
+
+
+def _some_zeros(x: Tensor) -> Tensor:
+    return torch.where(torch.arange(x.numel()).reshape(x.shape) % 3 == 0, 0, x)
+
+
+def _unit_vector(x: Tensor) -> Tensor:
+    return x / x.norm()
+
+
+def triple(raw: Tensor) -> Tensor:
+    return 3 * raw
+
+
+def third(value: Tensor) -> Tensor:
+    return value / 3
+
+
+MATRICES = ((4, 4), (5, 3), (3, 5), (2, 4, 3), (1, 1))
+SQUARE = ((4, 4), (2, 3, 3), (1, 1))
+ANY = ((3, 4), (5,), (2, 3, 2, 2))
+
+CASES = [
+    *(
+        Case(Orthogonal(map), MATRICES, _numpy(_q_factor), _numpy(_q_factor), map != "householder")
+        for map in ("matrix_exp", "cayley", "householder")
+    ),
+    Case(
+        Orthogonal("householder", trivialize=False), MATRICES, _numpy(_q_factor), _numpy(_q_factor)
+    ),
+    Case(WeightNorm(), ((4, 3), (5,), (2, 3, 2, 2), (1, 1))),
+    Case(WeightNorm(dim=-1), ((4, 3), (2, 3, 2))),
+    Case(WeightNorm(dim=None), ANY),
+    Case(
+        SpectralNorm(n_power_iterations=2),
+        ((4, 4), (5, 3), (3, 5), (1, 1)),
+        _numpy(_unit_spectral_norm),
+        _numpy(_unit_spectral_norm),
+        complex=True,
+    ),
+    Case(SpectralNorm(dim=1), ((2, 3, 2, 2),), _flat_spectral(1), _flat_spectral(1), complex=True),
+    Case(
+        SpectralNorm(), ((5,),), _unit_vector, _unit_vector, True, name="SpectralNorm of a vector"
+    ),
+    Case(
+        Symmetric(),
+        SQUARE,
+        lambda x: x + x.mT,
+        lambda x: (x + x.mT) / 2,
+        complex=True,
+        log_det=lambda x: x[torch.ones_like(x).triu() == 1],
+    ),
+    Case(
+        Skew(),
+        SQUARE,
+        lambda x: x - x.mT,
+        lambda x: (x - x.mT) / 2,
+        complex=True,
+        log_det=lambda x: x[torch.ones_like(x).tril(-1) == 1],
+    ),
+    Case(Positive(), ANY, lambda x: x.exp(), log_det=lambda x: x),
+    Case(Interval(-2, 0.5), ANY, lambda x: x.sigmoid() * 2.4 - 1.95, log_det=lambda x: x),
+    Case(Mask(), ANY, _some_zeros, complex=True, log_det=lambda x: x[_some_zeros(x) != 0]),
+    Case(LoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2)), complex=True),
+    Case(Frozen(), ANY, complex=True),
+    Case(transform(triple, third), ANY, complex=True, log_det=None),
+    Case(Chain(WeightNorm(), Symmetric()), SQUARE[:1], lambda x: x + x.mT),
+    Case(
+        Chain(Skew(), Orthogonal("cayley")),
+        ((4, 4),),
+        _numpy(_q_factor),
+        _numpy(_q_factor),
+        complex=True,
+        name="Chain(Skew(), Orthogonal('cayley'))",
+    ),
+    Case(Chain(LoRA(rank=2), Positive()), ((4, 4),), lambda x: x.exp()),
+    Case(
+        Chain(Interval(-9, 9), Positive()),
+        ANY,
+        lambda x: 5 * x.sigmoid(),
+        log_det=lambda x: x,
+    ),
+]
+
+ROWS = [(case, shape) for case in CASES for shape in case.shapes]
+
+
+def every_row(function):
+    """Run a test for every transform and shape."""
+    ids = [f"{case}-{'x'.join(map(str, shape))}" for case, shape in ROWS]
+    return pytest.mark.parametrize(("case", "shape"), ROWS, ids=ids)(function)
+
+
+def every_case(function):
+    """Run a test for every transform, on its first shape."""
+    rows = [(case, case.shapes[0]) for case in CASES]
+    return pytest.mark.parametrize(("case", "shape"), rows, ids=[str(c) for c in CASES])(function)
+
+
+def value_of(case: Case, shape: Shape, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A feasible value, well away from anything special."""
+    return case.feasible(torch.randn(shape, dtype=dtype))
+
+
+def raw_and_state(case: Case, shape: Shape, dtype: torch.dtype = torch.float64):
+    """Raw and state away from where init puts them."""
+    raw, state = case.transform.right_inverse(value_of(case, shape, dtype))
+    moved = [t + 0.3 * torch.randn_like(t) for t in tensors(raw)]
+    return rebuild(raw, moved), dict(state)
+
+
+def tensors(raw) -> list[Tensor]:
+    """The tensors of a raw or a state."""
+    return [raw] if isinstance(raw, Tensor) else list(raw.values())
+
+
+def rebuild(like, new):
+    """A raw like `like` with the tensors of `new`."""
+    return next(iter(new)) if isinstance(like, Tensor) else dict(zip(like, new, strict=True))
+
+
+def forward_of(case: Case, raw, state):
+    """`forward` as a function of raw's tensors, for checkers that take positional tensors."""
+
+    def function(*moved: Tensor) -> Tensor:
+        return case.transform.forward(rebuild(raw, moved), state)
+
+    return function

@@ -1,0 +1,60 @@
+"""Law 4: every floating dtype, autocast included; the constraint to a stated bound in each."""
+
+import pytest
+import torch
+
+from tests.cases import every_row, raw_and_state, rebuild, tensors, value_of
+
+# what one rounding of each entry of an orthogonal matrix may do to W^T W, and to the rest less
+BOUNDS = {
+    torch.float64: 1e-13,
+    torch.float32: 1e-5,
+    torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
+    torch.float16: 4 * torch.finfo(torch.float16).eps,
+}
+
+
+def cast(tree, dtype):
+    floats = [t.to(dtype) if t.is_floating_point() else t for t in tensors(tree)]
+    return rebuild(tree, floats)
+
+
+@every_row
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_value_and_constraint(case, shape, dtype):
+    raw, state = raw_and_state(case, shape)
+    if "SpectralNorm" not in str(case):
+        exact = case.transform.forward(raw, state)
+    else:  # sigma is as good as the vectors
+        for _ in range(300):
+            state = case.transform.update(raw, state)
+        exact = case.transform.forward(raw, state)
+    raw, state = cast(raw, dtype), cast(state, dtype)
+    value = case.transform.forward(raw, state)
+    assert value.dtype == dtype
+    assert case.transform.violation(value.double(), cast(state, torch.float64)) <= BOUNDS[dtype]
+    bound = 40 * torch.finfo(dtype).eps * exact.abs().amax().clamp_min(1)
+    assert (value.double() - exact).abs().amax() <= bound
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_right_inverse_and_update(case, shape, dtype):
+    value = case.feasible(torch.randn(shape, dtype=torch.float64)).to(dtype)
+    raw, state = case.transform.right_inverse(value)
+    assert all(t.dtype == dtype for t in tensors(raw))
+    assert all(t.dtype in (dtype, torch.bool) for t in tensors(case.transform.update(raw, state)))
+    back = case.transform.forward(raw, state)
+    torch.testing.assert_close(back, value, rtol=0.05, atol=16 * torch.finfo(dtype).eps)
+
+
+@every_row
+def test_autocast_changes_nothing(case, shape):
+    raw, state = (cast(tree, torch.float32) for tree in raw_and_state(case, shape))
+    expected = case.transform.forward(raw, state), case.transform.update(raw, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = case.transform.forward(raw, state), case.transform.update(raw, state)
+        value = value_of(case, shape, torch.float32)
+        inverse, _ = case.transform.right_inverse(value)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert all(t.dtype == torch.float32 for t in tensors(inverse))

@@ -1,0 +1,47 @@
+"""Law 4: first and second derivatives against finite differences, in float64."""
+
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, vmap
+
+from tests.cases import every_row, forward_of, raw_and_state, rebuild, tensors
+
+
+@every_row
+def test_reverse_and_forward_mode(case, shape):
+    raw, state = raw_and_state(case, shape)
+    inputs = [t.requires_grad_() for t in tensors(raw)]
+    if inputs:
+        assert gradcheck(
+            forward_of(case, raw, state), inputs, check_forward_ad=True, check_batched_grad=True
+        )
+
+
+@every_row
+def test_second_order(case, shape):
+    raw, state = raw_and_state(case, shape)
+    inputs = [t.requires_grad_() for t in tensors(raw)]
+    if inputs:
+        assert gradgradcheck(
+            forward_of(case, raw, state), inputs, check_fwd_over_rev=True, check_rev_over_rev=True
+        )
+
+
+@every_row
+def test_vmap_of_grad(case, shape):
+    pairs = [raw_and_state(case, shape) for _ in range(3)]
+    if not tensors(pairs[0][0]):
+        return
+    weights = torch.randn(shape, dtype=torch.float64)
+
+    def loss(raw, state):
+        return (case.transform.forward(raw, state) * weights).sum()
+
+    raws, states = (
+        rebuild(trees[0], [torch.stack(ts) for ts in zip(*map(tensors, trees), strict=True)])
+        for trees in zip(*pairs, strict=True)
+    )
+    many = vmap(grad(loss))(raws, states)
+    each = [grad(loss)(*pair) for pair in pairs]
+    for batched, loop in zip(tensors(many), zip(*map(tensors, each), strict=True), strict=True):
+        torch.testing.assert_close(batched, torch.stack(loop), rtol=1e-9, atol=1e-11)
