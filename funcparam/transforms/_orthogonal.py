@@ -137,7 +137,11 @@ def _identity(X: Tensor) -> Tensor:
 
 def _matrix_exp(X: Tensor) -> Tensor:
     exponential: Tensor = linalg.matrix_exp(_skew_hermitian(X))
-    return exponential[..., : X.shape[-1]]
+    Q = exponential[..., : X.shape[-1]]
+    # Squaring doubles the rounding error of a large A. One Newton-Schulz step squares it instead;
+    # it is the identity on orthogonal matrices, and so needs no derivative.
+    frame = Q.detach()
+    return Q + (frame - frame @ (frame.mH @ frame)) / 2
 
 
 def _cayley(X: Tensor) -> Tensor:

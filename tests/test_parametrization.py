@@ -1,0 +1,454 @@
+"""The dictionary level."""
+
+import copy
+import pickle
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+import funcparam as fp
+from funcparam.transforms import (
+    Frozen,
+    Interval,
+    LoRA,
+    Mask,
+    Orthogonal,
+    Positive,
+    SpectralNorm,
+    Symmetric,
+    WeightNorm,
+)
+from tests.networks import Classifier, Tied, loss_of, mixed, mlp
+
+
+def noisy(tree):
+    return tree_map(lambda t: t + 0.1 * torch.randn_like(t), tree)
+
+
+def equal(a, b):
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    return all(x is y or torch.equal(x, y) for x, y in pairs)
+
+
+# The map
+
+
+def test_values_are_an_ordinary_dict_with_the_networks_names():
+    net, p = mixed()
+    params = p(*p.init(net))
+    assert type(params) is dict
+    assert params.keys() == dict(net.named_parameters()).keys()
+
+
+def test_init_keeps_feasible_weights_and_projects_others():
+    net, p = mixed()
+    raw, state = p.init(net)
+    params = p(raw, state)
+    for name, weight in net.named_parameters():
+        if not isinstance(p.get(name), Orthogonal | SpectralNorm):
+            torch.testing.assert_close(params[name], weight)
+    again = fp.fold(net, params)
+    torch.testing.assert_close(p(*p.init(again)), params, rtol=1e-12, atol=1e-13)
+
+
+def test_init_shares_nothing_with_the_network():
+    net, p = mixed()
+    before = copy.deepcopy(net.state_dict())
+    for tree in p.init(net):
+        for tensor in tree_leaves(tree):
+            assert not tensor.requires_grad
+            tensor.add_(1)
+    assert equal(before, net.state_dict())
+
+
+def test_right_inverse_is_differentiable_and_inverts():
+    tree = {"w": torch.rand(3, requires_grad=True), "b": torch.rand(2)}
+    p = fp.parametrize(tree, {"w": Positive()})
+    raw, state = p.right_inverse(tree)
+    (g,) = torch.autograd.grad(raw["w"].sum(), tree["w"])
+    torch.testing.assert_close(g, 1 / (1 - torch.exp(-tree["w"].detach())))
+    torch.testing.assert_close(p(raw, state), tree)
+
+
+def test_state_may_be_left_out_where_there_is_none():
+    net = mlp()
+    p = fp.parametrize(net, {"*.weight": WeightNorm()})
+    raw, state = p.init(net)
+    assert state == {}
+    assert equal(p(raw), p(raw, state))
+
+
+def test_update_advances_power_iteration_only():
+    net, p = mixed()
+    raw, state = p.init(net)
+    raw = noisy(raw)
+    new = p.update(raw, state)
+    assert new["0.weight"]["base"] is state["0.weight"]["base"]
+    assert not torch.equal(new["4.weight"]["u"], state["4.weight"]["u"])
+    for _ in range(300):
+        new = p.update(raw, new)
+    assert p.violation(p(raw, new))["4.weight"] < 1e-9
+
+
+def test_rebase_keeps_the_values_and_moves_the_base():
+    net, p = mixed()
+    raw, state = p.init(net)
+    raw = noisy(raw)
+    new_raw, new_state = p.rebase(raw, state)
+    torch.testing.assert_close(p(new_raw, new_state), p(raw, state))
+    assert new_raw["0.weight"].count_nonzero() == 0
+    assert equal(new_raw["2.weight"], raw["2.weight"])
+
+
+def test_log_abs_det_jacobian_adds_up_and_names_who_has_none():
+    tree = {"a": torch.rand(3), "b": torch.rand(2) / 2, "c": torch.rand(4)}
+    p = fp.parametrize(tree, {"a": Positive(), "b": Interval(0, 1)})
+    raw, state = p.init(tree)
+    parts = [p[n].log_abs_det_jacobian(raw[n], state.get(n, {})) for n in p]
+    torch.testing.assert_close(p.log_abs_det_jacobian(raw, state), sum(parts))
+    q = fp.parametrize(tree, {"a": Positive(), "c": WeightNorm()})
+    with pytest.raises(NotImplementedError, match="'c': WeightNorm"):
+        q.log_abs_det_jacobian(*q.init(tree))
+
+
+def test_violation_by_name():
+    net, p = mixed()
+    assert p.violation(net)["0.weight"] > 0.1
+    assert all(v < 1e-9 for v in p.violation(p(*p.init(net))).values())
+    q = fp.parametrize(net, {"0.weight": Mask()})
+    with pytest.raises(ValueError, match="'0.weight': Mask.* expects state with a 'mask'"):
+        q.violation(net)
+    assert q.violation(net, q.init(net)[1])["0.weight"] == 0
+
+
+def test_bounds_and_ranks_sweep_through_state():
+    tree = {"w": torch.full((3, 3), 0.25)}
+    p = fp.parametrize(tree, {"w": Interval(0, 1)})
+    raw, state = p.init(tree)
+    highs = torch.tensor([1.0, 2.0, 4.0])
+    swept = vmap(lambda high: p(raw, {"w": {**state["w"], "high": high}})["w"].mean())(highs)
+    torch.testing.assert_close(swept, 0.25 * highs)
+    q = fp.parametrize(tree, {"w": LoRA(rank=2)})
+    raw, state = q.init(tree)
+    raw["w"]["B"] = torch.randn(3, 2)
+    scales = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    deltas = vmap(lambda s: q(raw, {"w": {**state["w"], "scale": s}})["w"])(scales) - tree["w"]
+    assert [torch.linalg.matrix_rank(d, atol=1e-5).item() for d in deltas] == [0, 1, 2]
+
+
+# Trees, ties, buffers
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: dict
+
+
+def test_any_pytree():
+    tree = {"layers": [torch.randn(3, 3), None], "pair": Pair(torch.rand(2), {"x": torch.ones(1)})}
+    p = fp.parametrize(tree, {"layers.0": Symmetric(), "pair.left": Positive()})
+    raw, state = p.init(tree)
+    assert set(raw) == {"layers.0", "pair.left", "pair.right.x"}
+    out = p(raw, state)
+    assert isinstance(out["pair"], Pair)
+    assert out["layers"][1] is None
+    torch.testing.assert_close(out["pair"].left, tree["pair"].left)
+    torch.testing.assert_close(out["layers"][0], out["layers"][0].mT)
+    same = pickle.loads(pickle.dumps(p))
+    assert same == p
+    assert hash(same) == hash(p)
+    assert equal(same(raw, state), out)
+    compiled = torch.compile(p.__call__, fullgraph=True, backend="aot_eager")
+    assert equal(compiled(raw, state), out)
+
+
+def test_non_tensor_leaves_and_colliding_names_are_refused():
+    with pytest.raises(TypeError, match=r"'a\.1': expected a tensor; got float"):
+        fp.parametrize({"a": [torch.ones(1), 2.0]}, {"a.0": Positive()})
+    with pytest.raises(ValueError, match=r"'a\.b': expected one leaf of this name; got two"):
+        fp.parametrize({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, {"a.b": Positive()})
+
+
+def test_a_buffer_can_be_a_target():
+    net = Classifier().eval()
+    p = fp.parametrize(net, {"norm.running_var": Positive()})
+    raw, state = p.init(net)
+    params = p(raw, state)
+    assert "norm.running_var" in params
+    assert "norm.running_mean" not in params
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(functional_call(net, params, (x,)), net(x))
+
+
+def test_integers_pass_through():
+    tree = {"w": torch.rand(2), "steps": torch.tensor(3)}
+    p = fp.parametrize(tree, {"w": Positive()})
+    assert p(*p.init(tree))["steps"] == 3
+
+
+def test_ties_of_a_plain_dictionary():
+    shared = torch.rand(2)
+    tree = {"a": shared, "b": shared, "c": torch.rand(2)}
+    p = fp.parametrize(tree, {"b": Positive()})
+    raw, state = p.init(tree)
+    assert set(raw) == {"a", "c"}
+    out = p(raw, state)
+    assert out["a"] is out["b"]
+    with pytest.raises(ValueError, match="'a' and 'b' are tied .* two different tensors"):
+        p.init({**tree, "b": torch.zeros(2)})
+    assert equal(p.init({"b": shared, "c": tree["c"]}), (raw, state))
+    with pytest.raises(ValueError, match=r"raw: 'b' is tied to 'a'; raw has it under that name"):
+        p({"b": raw["a"], "c": raw["c"]}, state)
+
+
+# The mapping
+
+
+def test_it_is_an_immutable_mapping():
+    _, p = mixed()
+    assert list(p) == ["0.weight", "2.weight", "4.weight", "4.bias"]
+    assert len(p) == 4
+    assert p["2.weight"] == WeightNorm()
+    assert "0.bias" not in p
+    assert p == mixed()[1]
+    assert hash(p) == hash(mixed()[1])
+    assert copy.deepcopy(p) is p
+    with pytest.raises(AttributeError):
+        p.entries = ()
+    with pytest.raises(TypeError):
+        p["0.weight"] = Mask()
+
+
+def test_it_prints_as_a_table():
+    net = Tied()
+    p = fp.parametrize(net, {"encoder.weight": Orthogonal("cayley"), "encoder.bias": Positive()})
+    lines = repr(p).splitlines()
+    assert lines[0].split() == ["name", "transform", "value", "raw", "state"]
+    assert "encoder.weight = decoder.weight" in lines[2]
+    assert "base: (5, 5)" in lines[2]
+    assert "float32 (5, 5)" in lines[2]
+
+
+def test_summary_counts_and_measures():
+    net = nn.Linear(3, 2)
+    p = fp.parametrize(net, {"weight": WeightNorm()})
+    raw, state = p.init(net)
+    lines = p.summary(raw, state).splitlines()
+    assert [line.split()[-2:] for line in lines[2:3]] == [["0", "0.0e+00"]]
+    assert lines[-2].split() == ["everything", "else", "2", "0"]
+    assert lines[-1].split() == ["total", "10", "0"]
+    meta = p.summary(*p.init(net.to("meta")))
+    assert "meta" in meta
+
+
+# torch.func
+
+
+def test_grad_vmap_jvp_hessian_through_the_network():
+    net, p = mixed()
+    raw, state = p.init(net)
+    raw = noisy(raw)
+    x, y = torch.randn(5, 6).double(), torch.randn(5, 6).double()
+    loss = loss_of(net, p)
+    g = grad(loss)(raw, state, x, y)
+    flat, spec = tree_flatten(raw)
+    direction = [torch.randn_like(t) for t in flat]
+    step = 1e-6
+
+    def at(k):
+        moved = [t + k * step * d for t, d in zip(flat, direction, strict=True)]
+        return loss(tree_unflatten(moved, spec), state, x, y)
+
+    finite = (at(1) - at(-1)) / (2 * step)
+    slope = sum((a * b).sum() for a, b in zip(tree_leaves(g), direction, strict=True))
+    torch.testing.assert_close(slope, finite, rtol=1e-6, atol=1e-8)
+    _, forward = jvp(lambda r: loss(r, state, x, y), (raw,), (tree_unflatten(direction, spec),))
+    torch.testing.assert_close(forward, slope)
+    per_sample = vmap(grad(loss), in_dims=(None, None, 0, 0))(raw, state, x, y)
+    mean = tree_map(lambda t: t.mean(0), per_sample)
+    torch.testing.assert_close(tree_leaves(mean), tree_leaves(g))
+
+    def of_bias(b):
+        return loss({**raw, "2.bias": b}, state, x, y)
+
+    H = hessian(of_bias)(raw["2.bias"])
+    torch.testing.assert_close(H, H.mT)
+
+
+def test_ensembles_by_vmap():
+    nets = [mlp() for _ in range(3)]
+    _, p = mixed(nets[0])
+    pairs = [p.init(net) for net in nets]
+    raws, states = (
+        tree_map(lambda *ts: torch.stack(ts), *trees) for trees in zip(*pairs, strict=True)
+    )
+    x = torch.randn(4, 6).double()
+    out = vmap(lambda r, s: functional_call(nets[0], p(r, s), (x,)))(raws, states)
+    loop = [functional_call(nets[0], p(*pair), (x,)) for pair in pairs]
+    torch.testing.assert_close(out, torch.stack(loop))
+    stacked, _ = torch.func.stack_module_state(nets)
+    raws2, states2 = vmap(p.init)(stacked)
+    torch.testing.assert_close(raws2["2.weight"], raws["2.weight"])
+    torch.testing.assert_close(vmap(p)(raws2, states2), vmap(p)(raws, states))
+
+
+def test_meta_networks_have_meta_raw():
+    net, p = mixed(mlp().to("meta"))
+    raw, state = p.init(net)
+    assert all(t.is_meta for t in tree_leaves((raw, state, p(raw, state))))
+
+
+# The boundary
+
+
+def wrong(change):
+    net, p = mixed()
+    raw, state = p.init(net)
+    change(raw, state)
+    return lambda: p(raw, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda r, s: r.update(extra=torch.ones(1)), ValueError, "raw: unknown name 'extra'"),
+        (lambda r, s: r.pop("2.weight"), ValueError, "raw: missing '2.weight'; got a dict with"),
+        (lambda r, s: r.pop("0.bias"), ValueError, "raw: missing '0.bias'"),
+        (
+            lambda r, s: r.update({"0.bias": torch.ones(7)}),
+            ValueError,
+            r"raw\['0.bias'\]: expected float64 \(6,\); got float32 \(7,\)",
+        ),
+        (
+            lambda r, s: r.update({"0.weight": torch.ones(6, 6).to(torch.complex64)}),
+            ValueError,
+            r"raw\['0.weight'\]: expected float64 \(6, 6\); got complex64",
+        ),
+        (
+            lambda r, s: r.update({"0.weight": torch.ones(6, 6, dtype=torch.int64)}),
+            ValueError,
+            r"raw\['0.weight'\]: expected float64 \(6, 6\); got int64",
+        ),
+        (
+            lambda r, s: r.update({"0.weight": torch.ones(3, 6, 6)}),
+            ValueError,
+            r"raw\['0.weight'\]: .*If the first dimension is a stack, use torch.func.vmap",
+        ),
+        (
+            lambda r, s: r.update({"2.weight": torch.ones(6, 6)}),
+            TypeError,
+            r"raw\['2.weight'\]: expected a dict with 'magnitude', 'direction'; got a tensor of "
+            r"shape \(6, 6\)\. If it is a value, p.init or p.right_inverse makes it raw",
+        ),
+        (
+            lambda r, s: r["2.weight"].pop("magnitude"),
+            ValueError,
+            r"raw\['2.weight'\]: expected the names \['magnitude', 'direction'\]; got \['dir",
+        ),
+        (
+            lambda r, s: r["2.weight"].update(magnitude=torch.ones(6)),
+            ValueError,
+            r"raw\['2.weight'\]\['magnitude'\]: expected float64 \(6, 1\); got float32 \(6,\)",
+        ),
+        (lambda r, s: r.update({"0.bias": 3.0}), TypeError, r"raw\['0.bias'\]: .*got float"),
+        (lambda r, s: r.update({"0.weight": {}}), TypeError, r"raw\['0.weight'\]: .*got a dict"),
+        (
+            lambda r, s: s.pop("0.weight"),
+            ValueError,
+            r"state: missing '0.weight' with 'base'\. raw, state = p.init",
+        ),
+        (lambda r, s: s.update(nope={}), ValueError, r"state: unknown names \['nope'\]"),
+        (lambda r, s: s.update({"0.bias": {}}), ValueError, r"state: unknown names \['0.bias'\]"),
+        (
+            lambda r, s: s["4.weight"].update(u=torch.ones(2)),
+            ValueError,
+            r"state\['4.weight'\]\['u'\]: expected float64 \(6,\); got float32 \(2,\)",
+        ),
+        (lambda r, s: s.update({"4.weight": 3}), TypeError, r"state\['4.weight'\]: .*got int"),
+    ],
+)
+def test_raw_and_state_are_checked_before_anything_is_computed(change, error, match, monkeypatch):
+    call = wrong(change)
+    monkeypatch.setattr(WeightNorm, "forward", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(Orthogonal, "forward", lambda *_: pytest.fail("computed"))
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_modules_where_dictionaries_are_due():
+    net, p = mixed()
+    raw, state = p.init(net)
+    with pytest.raises(TypeError, match=r"raw: expected a dict; got .*Sequential\. raw, state = p"):
+        p(net, state)
+    with pytest.raises(TypeError, match="state: expected a dict; got NoneType"):
+        p(raw, None)
+    with pytest.raises(ValueError, match="state: missing '0.weight'"):
+        p(raw)
+
+
+def test_another_networks_weights_are_refused():
+    net, p = mixed()
+    with pytest.raises(ValueError, match="missing '4.weight'"):
+        p.init(mlp(depth=2))
+    with pytest.raises(ValueError, match=r"'0.weight': expected float64 \(6, 6\); got .*\(7, 7\)"):
+        p.init(mlp(width=7))
+    with pytest.raises(ValueError, match="unknown name 'extra'"):
+        p.init({**dict(net.named_parameters()), "extra": torch.ones(1)})
+
+
+def test_values_that_cannot_be_represented():
+    tree = {"w": torch.tensor([0.5, -1.0])}
+    for transform, match in [(Positive(), "to be positive"), (Interval(0, 1), "strictly between")]:
+        with pytest.raises(ValueError, match=f"'w': .*{match}.*clamp the value first"):
+            fp.parametrize(tree, {"w": transform}).init(tree)
+    for bad in (float("nan"), float("inf")):
+        tree = {"w": torch.tensor([1.0, bad])}
+        with pytest.raises(ValueError, match="'w': expected finite values; got NaN or infinity"):
+            fp.parametrize(tree, {"w": WeightNorm()}).init(tree)
+
+
+def test_no_right_inverse_says_what_to_use():
+    tree = {"w": torch.randn(3, 3)}
+    for transform, match in [
+        (Orthogonal("cayley", trivialize=False), "use trivialize=True"),
+        (fp.transform(torch.exp), r"Make it with fp.transform\(forward, right_inverse\)"),
+    ]:
+        p = fp.parametrize(tree, {"w": transform})
+        with pytest.raises(NotImplementedError, match=f"'w': .*{match}"):
+            p.init(tree)
+        assert p({"w": torch.zeros(3, 3)})["w"].shape == (3, 3)  # raw can be given
+
+
+def test_arguments_of_transforms():
+    for make, match in [
+        (lambda: Orthogonal("euler"), "'matrix_exp', 'cayley', 'householder'; got 'euler'"),
+        (lambda: Interval(1, 0), "low < high; got low=1, high=0"),
+        (lambda: Interval(0, float("inf")), "finite bounds"),
+        (lambda: LoRA(rank=0), "positive rank; got 0"),
+        (lambda: SpectralNorm(n_power_iterations=0), "positive; got 0"),
+        (lambda: SpectralNorm(eps=0.0), "eps to be positive; got 0.0"),
+        (lambda: fp.transforms.Chain(), "at least one transform"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            make()
+    with pytest.raises(TypeError, match="Chain expects transforms; got <class"):
+        fp.transforms.Chain(Positive)
+    with pytest.raises(ValueError, match=r"'w': .*both sides at least 4; got shape \(3, 5\)"):
+        fp.parametrize({"w": torch.ones(3, 5)}, {"w": LoRA(rank=4)})
+    with pytest.raises(ValueError, match="'w': .*only the first transform of a chain"):
+        fp.parametrize(
+            {"w": torch.ones(3, 3)}, {"w": fp.transforms.Chain(Symmetric(), WeightNorm())}
+        )
+
+
+def test_frozen_leaves_nothing_to_train():
+    net = mlp()
+    p = fp.parametrize(net, {"0.*": Frozen(), "*.weight": WeightNorm()})
+    raw, state = p.init(net)
+    assert raw["0.weight"] == {}
+    g = grad(loss_of(net, p))(raw, state, torch.ones(1, 6).double(), torch.ones(1, 6).double())
+    assert g["0.weight"] == {}
