@@ -1,0 +1,53 @@
+# Every target sets up what it needs: a virtual environment in .venv, made anew only when
+# pyproject.toml or constraints.txt changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: $(READY) ## Train on handwritten digits: a table, a picture, an ensemble
+	$(BIN)/python examples/quickstart.py
+
+.PHONY: test
+test: $(READY) ## Run all tests and doctests; ARGS="-k orthogonal" picks some
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(READY) ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(READY) ## Fix style and format where that is safe
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: types
+types: $(READY) ## Check types, strictly
+	$(BIN)/pyright
+
+.PHONY: docs
+docs: $(READY) ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.PHONY: bench-quick
+bench-quick: $(READY) ## Measure the cost of evaluating a parametrization
+	$(BIN)/python benchmarks/evaluation.py
+
+.PHONY: clean
+clean: ## Remove everything that was made, the virtual environment too
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
