@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from funcparam.transforms._base import AnyTransform, Raw, State
-from funcparam.transforms._signature import Signature, check_named, check_raw, describe
+from funcparam.transforms._signature import (
+    NamedSpecs,
+    Signature,
+    TensorSpec,
+    check_named,
+    check_raw,
+    describe,
+)
 
 RawTree: TypeAlias = Mapping[str, Raw]
 StateTree: TypeAlias = Mapping[str, State]
-Shapes: TypeAlias = "dict[str, tuple[int, ...] | None]"
+
+Layout: TypeAlias = "tuple[list[str] | None, list[tuple[tuple[int, ...], torch.dtype]]]"
+
+_NOTHING: State = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -24,18 +35,49 @@ class Entry:
     names: tuple[str, ...]
     signature: Signature
     transform: AnyTransform | None
+    _raw: Layout = field(init=False, repr=False, compare=False)
+    _state: Layout = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_raw", _layout(self.signature.raw))
+        object.__setattr__(self, "_state", _layout(self.signature.state))
 
     @property
     def name(self) -> str:
         """The first name, under which raw and state have it."""
         return self.names[0]
 
+    def fits(self, raw: Any, state: Any) -> bool:
+        """Whether all names, shapes and dtypes are the expected ones; quick, and without errors."""
+        return _fits(raw, self._raw) and _fits(state, self._state)
 
-def looks_right(shapes: Shapes, raw: RawTree) -> bool:
-    """Whether names and plain shapes are as expected; the fast way, for thousands of leaves."""
-    if not isinstance(raw, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+
+def _layout(specs: TensorSpec | NamedSpecs) -> Layout:
+    if isinstance(specs, TensorSpec):
+        return None, [(specs.shape, specs.dtype)]
+    return [name for name, _ in specs], [(spec.shape, spec.dtype) for _, spec in specs]
+
+
+def _fits(tensors: Any, layout: Layout) -> bool:
+    names, expected = layout
+    if names is None:
+        tensors = (tensors,)
+    elif not names:
+        return len(tensors) == 0
+    elif isinstance(tensors, dict) and list(cast("dict[str, Any]", tensors)) == names:
+        tensors = cast("dict[str, Any]", tensors).values()
+    else:
         return False
-    return {name: getattr(tensor, "shape", None) for name, tensor in raw.items()} == shapes
+    return [(getattr(t, "shape", None), getattr(t, "dtype", None)) for t in tensors] == expected
+
+
+def looks_right(names: list[str], shapes: list[Any], raw: RawTree) -> bool:
+    """Whether names and plain shapes are as expected, in order; quick for thousands of leaves."""
+    return (
+        isinstance(raw, dict)
+        and list(raw) == names
+        and [getattr(tensor, "shape", None) for tensor in raw.values()] == shapes
+    )
 
 
 def check_raw_tree(entries: Sequence[Entry], raw: RawTree) -> None:
@@ -65,19 +107,26 @@ def check_chosen(chosen: Sequence[Entry], raw: RawTree, state: StateTree) -> Non
         )
     left = len(state)
     for entry in chosen:
-        name, expected = entry.name, entry.signature
-        check_raw(expected.raw, raw[name], f"raw[{name!r}]")
-        if name in state:
-            left -= 1
-            check_named(expected.state, state[name], f"state[{name!r}]")
-        elif expected.state:
-            raise ValueError(
-                f"state: missing {name!r} with {', '.join(repr(key) for key, _ in expected.state)}."
-                " raw, state = p.init(...) makes it, and p(raw, state) needs both"
-            )
+        name = entry.name
+        left -= name in state
+        if not entry.fits(raw[name], state.get(name, _NOTHING)):
+            check_raw(entry.signature.raw, raw[name], f"raw[{name!r}]")
+            _check_state(entry, state)
     if left:
         unknown = set(state) - {entry.name for entry in chosen}
         raise ValueError(f"state: unknown names {sorted(map(str, unknown))}; no transform has them")
+
+
+def _check_state(entry: Entry, state: StateTree) -> None:
+    expected = entry.signature.state
+    if entry.name in state:
+        check_named(expected, state[entry.name], f"state[{entry.name!r}]")
+    elif expected:
+        names = ", ".join(repr(name) for name, _ in expected)
+        raise ValueError(
+            f"state: missing {entry.name!r} with {names}."
+            " raw, state = p.init(...) makes it, and p(raw, state) needs both"
+        )
 
 
 def expect_finite(name: str, value: Tensor) -> None:

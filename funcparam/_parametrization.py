@@ -67,16 +67,18 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
     _transforms: dict[str, AnyTransform] = field(init=False, compare=False)
     _aliases: dict[str, str] = field(init=False, compare=False)
     _chosen: tuple[Entry, ...] = field(init=False, compare=False)
-    _shapes: dict[str, tuple[int, ...] | None] = field(init=False, compare=False)
+    _names: list[str] = field(init=False, compare=False)
+    _shapes: list[tuple[int, ...] | None] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         chosen = {e.name: e.transform for e in self.entries if e.transform is not None}
-        raws = {e.name: e.signature.raw for e in self.entries}
+        raws = [e.signature.raw for e in self.entries]
         derived = {
             "_transforms": chosen,
             "_aliases": {alias: e.name for e in self.entries for alias in e.names[1:]},
             "_chosen": tuple(e for e in self.entries if e.transform is not None),
-            "_shapes": {n: r.shape if isinstance(r, TensorSpec) else None for n, r in raws.items()},
+            "_names": [e.name for e in self.entries],
+            "_shapes": [raw.shape if isinstance(raw, TensorSpec) else None for raw in raws],
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -239,7 +241,7 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
     # The boundary
 
     def _check(self, raw: RawTree, state: StateTree) -> None:
-        if not looks_right(self._shapes, raw):
+        if not looks_right(self._names, self._shapes, raw):
             check_raw_tree(self.entries, raw)
         check_chosen(self._chosen, raw, state)
 

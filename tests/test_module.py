@@ -368,9 +368,10 @@ def test_repr_shows_the_network_and_the_table():
 
 
 def test_full_precision_is_public_for_own_transforms():
-    @full_precision
-    def inverse(x):
-        assert x.dtype == torch.float32
-        return torch.linalg.inv(x)
+    class Inverse:
+        @full_precision
+        def forward(self, raw, state):
+            assert raw.dtype == torch.float32
+            return torch.linalg.inv(raw)
 
-    assert inverse(torch.eye(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert Inverse().forward(torch.eye(2, dtype=torch.bfloat16), {}).dtype == torch.bfloat16

@@ -59,7 +59,8 @@ class LoRA(Transform[Mapping[str, Tensor]]):
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         base = state["base"]
         delta = (raw["B"] * state["scale"]) @ raw["A"]
-        return base + delta.reshape(base.shape)
+        # adapters may be trained in a higher precision than the weight is kept in
+        return base + delta.reshape(base.shape).to(base.dtype)
 
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None

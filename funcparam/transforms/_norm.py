@@ -71,11 +71,9 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
             expect_dim(self, value, self.dim)
 
     def _norm(self, tensor: Tensor) -> Tensor:
-        if self.dim is None:
-            others = tuple(range(tensor.ndim))
-        else:
-            kept = self.dim % tensor.ndim
-            others = tuple(d for d in range(tensor.ndim) if d != kept)
+        ndim = tensor.ndim
+        kept = ndim if self.dim is None else self.dim % ndim
+        others = [d for d in range(ndim) if d != kept]
         if not others:  # vector_norm takes an empty dim for all dimensions
             return tensor.abs()
         norm: Tensor = linalg.vector_norm(tensor, dim=others, keepdim=True)

@@ -127,7 +127,7 @@ class Orthogonal(Transform[Tensor]):
 def _skew_hermitian(X: Tensor) -> Tensor:
     """A tall X's lower triangle, padded to a square matrix, minus its adjoint."""
     n, k = X.shape[-2:]
-    lower = pad(X.tril(), (0, n - k))
+    lower = pad(X.tril(), (0, n - k)) if n > k else X.tril()
     return lower - lower.mH
 
 
@@ -147,8 +147,9 @@ def _matrix_exp(X: Tensor) -> Tensor:
 def _cayley(X: Tensor) -> Tensor:
     A = _skew_hermitian(X)
     # (I - A/2)^-1 (I + A/2) = 2 (I - A/2)^-1 - I: one inverse and no product
-    inverse: Tensor = linalg.inv(_identity(A) - A / 2)
-    return (2 * inverse)[..., : X.shape[-1]] - _identity(X)
+    identity = _identity(A)
+    inverse: Tensor = linalg.inv(identity - A / 2)
+    return (2 * inverse - identity)[..., : X.shape[-1]]
 
 
 def _householder(X: Tensor) -> Tensor:

@@ -1,54 +1,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _LOW = (torch.bfloat16, torch.float16)
 
 
-def full_precision(function: Callable[P, T]) -> Callable[P, T]:
-    """Run `function` with autocast off and low-precision arguments in float32.
+def full_precision(method: Method) -> Method:
+    """Run a transform's method with autocast off and half-precision tensors in float32.
 
     LU, QR and the exponential do not exist in half precision on all devices, and lose the
-    constraint where they do. Tensors come back in the dtype that went in.
+    constraint where they do. Tensors come back in the dtype that the first argument, raw or a
+    value, had.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import full_precision
+        >>> class Inverse:
+        ...     @full_precision
+        ...     def forward(self, raw, state):
+        ...         return torch.linalg.inv(raw)
+        >>> Inverse().forward(torch.eye(2, dtype=torch.bfloat16), {}).dtype
+        torch.bfloat16
     """
 
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        tensors = _tensors(args)
-        low = next((t.dtype for t in tensors if t.dtype in _LOW), None)
-        with _autocast_off(tensors):
-            if low is None:
-                return function(*args, **kwargs)
-            raised = cast("Callable[..., T]", function)(*_cast(args, low, torch.float32), **kwargs)
-        return _cast(raised, torch.float32, low)
+    @wraps(method)
+    def run(self: Any, first: Any, *rest: Any, **kwargs: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else next(iter(first.values()), None)
+        if tensor is None:
+            return method(self, first, *rest, **kwargs)
+        dtype, autocast = tensor.dtype, _autocast_device(tensor)
+        if autocast is not None:
+            with torch.autocast(autocast, enabled=False):
+                return run(self, first, *rest, **kwargs)
+        if dtype not in _LOW:
+            return method(self, first, *rest, **kwargs)
+        args = (_cast(arg, dtype, torch.float32) for arg in (first, *rest))
+        return _cast(method(self, *args, **kwargs), torch.float32, dtype)
 
-    return run
-
-
-def _tensors(args: tuple[object, ...]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            found.append(arg)
-        elif isinstance(arg, Mapping):
-            found.extend(cast("Mapping[str, Tensor]", arg).values())
-    return found
+    return cast("Method", run)
 
 
-def _autocast_off(tensors: list[Tensor]) -> AbstractContextManager[Any]:
-    device = tensors[0].device.type if tensors else "cpu"
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+def _autocast_device(tensor: Tensor) -> str | None:
+    """The device whose autocast is on for `tensor`, if it is."""
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    return device if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def _cast(tree: Any, old: torch.dtype, new: torch.dtype) -> Any:
