@@ -41,7 +41,7 @@ types: $(READY) ## Check types, strictly
 
 .PHONY: docs
 docs: $(READY) ## Build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: bench-quick
 bench-quick: $(READY) ## Measure the cost of evaluating a parametrization
