@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
@@ -21,6 +22,7 @@ from funcparam.transforms import (
     Orthogonal,
     Positive,
     Skew,
+    SpecialOrthogonal,
     SpectralNorm,
     Symmetric,
     Transform,
@@ -70,6 +72,13 @@ def _q_factor(m):
     return q * (d / abs(d))
 
 
+def _rotation(m):
+    """The Q factor, with the last column negated where its determinant is -1."""
+    q = _q_factor(m)
+    q[:, -1] *= np.linalg.det(q)
+    return q
+
+
 def _unit_spectral_norm(m):
     return m / scipy.linalg.svdvals(m)[0]
 
@@ -110,12 +119,33 @@ CASES = [
     Case(
         Orthogonal("householder", trivialize=False), MATRICES, _numpy(_q_factor), _numpy(_q_factor)
     ),
+    Case(Orthogonal("qr"), MATRICES, _numpy(_q_factor), _numpy(_q_factor), True),
+    Case(Orthogonal("qr", trivialize=False), MATRICES, _numpy(_q_factor), _numpy(_q_factor), True),
+    Case(Orthogonal("newton_schulz"), MATRICES, _numpy(_q_factor), _numpy(_q_factor), True),
+    Case(
+        Orthogonal("newton_schulz", trivialize=False),
+        MATRICES,
+        _numpy(_q_factor),
+        _numpy(lambda m: scipy.linalg.polar(m)[0]),
+        True,
+    ),
+    *(
+        Case(SpecialOrthogonal(map), SQUARE, _numpy(_rotation), _numpy(_rotation))
+        for map in ("matrix_exp", "cayley", "householder")
+    ),
     Case(WeightNorm(), ((4, 3), (5,), (2, 3, 2, 2), (1, 1))),
     Case(WeightNorm(dim=-1), ((4, 3), (2, 3, 2))),
     Case(WeightNorm(dim=None), ANY),
     Case(
         SpectralNorm(n_power_iterations=2),
         ((4, 4), (5, 3), (3, 5), (1, 1)),
+        _numpy(_unit_spectral_norm),
+        _numpy(_unit_spectral_norm),
+        complex=True,
+    ),
+    Case(
+        SpectralNorm(n_power_iterations=None),
+        ((4, 4), (5, 3), (1, 1)),
         _numpy(_unit_spectral_norm),
         _numpy(_unit_spectral_norm),
         complex=True,

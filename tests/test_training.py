@@ -42,6 +42,21 @@ def test_orthogonal_after_200_steps_with_weight_decay(n, map):
     assert (value - start).abs().max() > 0.1  # it went somewhere
 
 
+@pytest.mark.parametrize("map", [*MAPS, "qr", "newton_schulz"])
+def test_orthogonal_procrustes_reaches_its_optimum(map):
+    M = torch.randn(8, 3, dtype=torch.float64)
+    tree = {"w": torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64)).Q}
+    p = fp.parametrize(tree, {"w": Orthogonal(map)})
+    raw, state = p.init(tree)
+    optimizer = torch.optim.Adam([raw["w"].requires_grad_()], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (-(p(raw, state)["w"] * M).sum()).backward()
+        optimizer.step()
+    best = torch.linalg.svdvals(M).sum()  # trace(W^T M) at the polar factor of M
+    assert (p(raw, state)["w"] * M).sum() > (1 - 1e-6) * best
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("map", MAPS)
 def test_low_precision_is_bounded(map, dtype):

@@ -8,7 +8,7 @@ from funcparam.transforms._interval import Interval, Positive
 from funcparam.transforms._lora import LoRA
 from funcparam.transforms._mask import Mask
 from funcparam.transforms._norm import WeightNorm
-from funcparam.transforms._orthogonal import Orthogonal
+from funcparam.transforms._orthogonal import Orthogonal, SpecialOrthogonal
 from funcparam.transforms._precision import full_precision
 from funcparam.transforms._spectral import SpectralNorm
 from funcparam.transforms._symmetric import Skew, Symmetric
@@ -24,6 +24,7 @@ __all__ = [
     "Positive",
     "Raw",
     "Skew",
+    "SpecialOrthogonal",
     "SpectralNorm",
     "State",
     "Symmetric",

@@ -1,17 +1,30 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal, cast, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from funcparam.transforms._base import State, Transform, expect_matrix, largest
+from funcparam.transforms._base import (
+    State,
+    Transform,
+    expect_matrix,
+    expect_real,
+    expect_square,
+    largest,
+)
 from funcparam.transforms._linalg import linalg
+from funcparam.transforms._orthogonal_maps import (
+    FRAMES,
+    complete_q_factor,
+    identity_like,
+    reflectors,
+)
 from funcparam.transforms._precision import full_precision
+
+# These two do not need a base point to start from a value: raw itself can be the value.
+_PROJECTIONS = ("qr", "newton_schulz")
 
 
 @final
@@ -28,23 +41,27 @@ class Orthogonal(Transform[Tensor]):
     * `"matrix_exp"`: `f(X)` is the first columns of `exp(A)`;
     * `"cayley"`: the first columns of `(I - A/2)^-1 (I + A/2)`; no eigenvalue -1 is reached;
     * `"householder"`: the first columns of a product of reflections, one for each column of
-      `tril(X, -1) + I`. Real dtypes.
+      `tril(X, -1) + I`. Real dtypes;
+    * `"qr"`: the Q factor of `I + X`, all of `X`, with a positive diagonal of R;
+    * `"newton_schulz"`: the polar factor of `I + X`, in 54 products and no factorisation;
+      orthonormal to rounding where the condition number of `I + X` is below about 1e4.
 
     With `trivialize` (the default) state `{"base"}` holds an orthogonal matrix `B` of the longer
     side: init writes the value there and starts raw at 0, so every orthogonal value is kept, and
     any other becomes its Q factor. `rebase` moves it. Without it there is no base:
-    `"householder"` keeps the value by its reflectors and has state `{"signs"}`; the other two
-    maps cannot be inverted.
+    `"householder"` keeps the value by its reflectors and has state `{"signs"}`; `"qr"` and
+    `"newton_schulz"` project raw, which starts at the value, in place of `I + X`; the other two
+    cannot be inverted.
 
     The columns are orthonormal to rounding for every raw, weight decay and long training
-    included: nothing but `B` and `X` is ever rounded to the constraint.
+    included: nothing is accumulated from step to step.
 
     Args:
-        map: `"matrix_exp"`, `"cayley"` or `"householder"`.
+        map: `"matrix_exp"`, `"cayley"`, `"householder"`, `"qr"` or `"newton_schulz"`.
         trivialize: whether to multiply by a base point.
 
     Raises:
-        ValueError: `map` is none of the three; at `fp.parametrize`, if the value has fewer than
+        ValueError: `map` is none of the five; at `fp.parametrize`, if the value has fewer than
             two dimensions, or is complex with `"householder"`.
         NotImplementedError: at init, with `"matrix_exp"` or `"cayley"` and no base point.
 
@@ -58,23 +75,27 @@ class Orthogonal(Transform[Tensor]):
 
     Source: Lezcano-Casado and Martínez-Rubio, arXiv 1901.08428; Lezcano-Casado, Trivializations,
     arXiv 1909.09501 (base points); Helfrich et al., arXiv 1707.09520 (Cayley); Mhammedi et al.,
-    arXiv 1612.00188 (Householder).
+    arXiv 1612.00188 (Householder); Björck and Bowie, SIAM J. Numer. Anal. 8 (1971)
+    (Newton-Schulz).
     """
 
-    map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
+    map: Literal["matrix_exp", "cayley", "householder", "qr", "newton_schulz"] = "matrix_exp"
     trivialize: bool = True
 
     def __post_init__(self) -> None:
-        if self.map not in _FRAMES:
+        if self.map not in FRAMES:
             raise ValueError(
-                f"Orthogonal expects map to be one of {', '.join(map(repr, _FRAMES))};"
+                f"Orthogonal expects map to be one of {', '.join(map(repr, FRAMES))};"
                 f" got {self.map!r}"
             )
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         wide = raw.shape[-2] < raw.shape[-1]
-        frame = _FRAMES[self.map](raw.mT if wide else raw)
+        tall = raw.mT if wide else raw
+        if self.map in _PROJECTIONS and not self.trivialize:
+            tall = tall - identity_like(tall)
+        frame = FRAMES[self.map](tall)
         if self.trivialize:
             frame = state["base"] @ frame
         elif self.map == "householder":
@@ -88,13 +109,15 @@ class Orthogonal(Transform[Tensor]):
         wide = value.shape[-2] < value.shape[-1]
         tall = value.mT if wide else value
         if self.trivialize:
-            return torch.zeros_like(value), {"base": _complete_q_factor(tall)}
+            return torch.zeros_like(value), {"base": complete_q_factor(tall)}
+        if self.map in _PROJECTIONS:
+            return value, {}
         if self.map != "householder":
             raise NotImplementedError(
                 f"{self!r} has no right inverse: use trivialize=True, which keeps a base point,"
-                " or map='householder'"
+                " or another map"
             )
-        raw, signs = _reflectors(tall)
+        raw, signs = reflectors(tall)
         return raw.mT if wide else raw, {"signs": signs}
 
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
@@ -106,7 +129,7 @@ class Orthogonal(Transform[Tensor]):
         """Largest |W^H W - I| of the shorter side."""
         tall = value.mT if value.shape[-2] < value.shape[-1] else value
         gram = tall.mH @ tall
-        return largest(gram - _identity(gram))
+        return largest(gram - identity_like(gram))
 
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         raise NotImplementedError(
@@ -124,74 +147,66 @@ class Orthogonal(Transform[Tensor]):
             )
 
 
-def _skew_hermitian(X: Tensor) -> Tensor:
-    """A tall X's lower triangle, padded to a square matrix, minus its adjoint."""
-    n, k = X.shape[-2:]
-    lower = pad(X.tril(), (0, n - k)) if n > k else X.tril()
-    return lower - lower.mH
+@final
+@dataclass(frozen=True)
+class SpecialOrthogonal(Transform[Tensor]):
+    r"""Rotations: square orthogonal matrices of determinant 1.
 
+    [`Orthogonal`][funcparam.transforms.Orthogonal] with a base point, and one sign turned at
+    init where the value is a reflection: a value with orthonormal columns and determinant -1
+    goes to the rotation with its last column negated, and any other first to its Q factor. Raw
+    has the shape of the value, `(..., n, n)`; state is `{"base"}`. Real dtypes.
 
-def _identity(X: Tensor) -> Tensor:
-    return torch.eye(X.shape[-2], X.shape[-1], dtype=X.dtype, device=X.device)
+    Args:
+        map: `"matrix_exp"`, `"cayley"` or `"householder"`, whose determinant is 1 everywhere.
 
+    Raises:
+        ValueError: `map` is none of the three; at `fp.parametrize`, if the value is not square or
+            not real.
 
-def _matrix_exp(X: Tensor) -> Tensor:
-    exponential: Tensor = linalg.matrix_exp(_skew_hermitian(X))
-    Q = exponential[..., : X.shape[-1]]
-    # Squaring doubles the rounding error of a large A. One Newton-Schulz step squares it instead;
-    # it is the identity on orthogonal matrices, and so needs no derivative.
-    frame = Q.detach()
-    return Q + (frame - frame @ (frame.mH @ frame)) / 2
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import SpecialOrthogonal
+        >>> raw, state = SpecialOrthogonal().right_inverse(torch.diag(torch.tensor([1.0, -1.0])))
+        >>> SpecialOrthogonal().forward(raw, state)
+        tensor([[1., 0.],
+                [0., 1.]])
 
-
-def _cayley(X: Tensor) -> Tensor:
-    A = _skew_hermitian(X)
-    # (I - A/2)^-1 (I + A/2) = 2 (I - A/2)^-1 - I: one inverse and no product
-    identity = _identity(A)
-    inverse: Tensor = linalg.inv(identity - A / 2)
-    return (2 * inverse - identity)[..., : X.shape[-1]]
-
-
-def _householder(X: Tensor) -> Tensor:
-    """Minus the first columns of the product of the reflections, so that X = 0 gives I.
-
-    The product in the UT form is I - V S^-1 V^T with S = striu(V^T V) + diag(V^T V) / 2: one
-    product and one triangular solve instead of a loop. Source: Joffrain et al., Accumulating
-    Householder transformations, revisited, ACM TOMS 32 (2006).
+    Source: as `Orthogonal`.
     """
-    k = X.shape[-1]
-    V = X.tril(-1) + _identity(X)
-    gram = V.mT @ V
-    S = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
-    solved: Tensor = linalg.solve_triangular(S, V[..., :k, :].mT, upper=True)
-    return V @ solved - _identity(X)
 
+    map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
 
-_FRAMES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"matrix_exp": _matrix_exp, "cayley": _cayley, "householder": _householder}
-)
+    def __post_init__(self) -> None:
+        if self.map not in ("matrix_exp", "cayley", "householder"):
+            raise ValueError(
+                "SpecialOrthogonal expects map to be one of 'matrix_exp', 'cayley',"
+                f" 'householder'; got {self.map!r}"
+            )
 
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return Orthogonal(self.map).forward(raw, state)
 
-def _complete_q_factor(tall: Tensor) -> Tensor:
-    """An orthogonal matrix whose first columns are the Q factor of `tall`.
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        raw, state = Orthogonal(self.map).right_inverse(value)
+        base = state["base"]
+        sign: Tensor = linalg.det(base).sign()[..., None, None]
+        return raw, {"base": torch.cat([base[..., :-1], base[..., -1:] * sign], dim=-1)}
 
-    The signs make R's diagonal positive, so the Q factor of an orthonormal frame is itself.
-    """
-    k = tall.shape[-1]
+    def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.right_inverse(self.forward(raw, state))
 
-    Q, R = cast("tuple[Tensor, Tensor]", linalg.qr(tall, mode="complete"))
-    diagonal = R.diagonal(dim1=-2, dim2=-1)
-    phases = torch.where(diagonal == 0, 1, diagonal.sgn()).unsqueeze(-2)
-    return torch.cat([Q[..., :k] * phases, Q[..., k:]], dim=-1)
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest |W^T W - I| or |det W - 1|."""
+        determinant: Tensor = linalg.det(value)
+        return torch.maximum(Orthogonal().violation(value, state), largest(determinant - 1))
 
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        return Orthogonal(self.map).log_abs_det_jacobian(raw, state)
 
-def _reflectors(tall: Tensor) -> tuple[Tensor, Tensor]:
-    """The Householder vectors and column signs that `_householder` maps to the Q factor."""
-    if tall.is_meta:  # geqrf has no meta kernel
-        return torch.empty_like(tall), tall.new_empty(tall.shape[:-2] + tall.shape[-1:])
-    packed, tau = torch.geqrf(tall)
-    diagonal = packed.diagonal(dim1=-2, dim2=-1)
-    # _householder negates the product. LAPACK leaves a column that needs no reflection alone
-    # (tau = 0), where a reflection by the unit vector negates it.
-    signs = torch.where(diagonal < 0, 1, -1) * torch.where(tau == 0, -1, 1)
-    return packed.tril(-1), signs.to(tall.dtype)
+    def check(self, value: Tensor) -> None:
+        expect_real(self, value)
+        expect_square(self, value)

@@ -25,13 +25,16 @@ class SpectralNorm(Transform[Tensor]):
 
     $$u \leftarrow X v / \lVert X v \rVert, \qquad v \leftarrow X^H u / \lVert X^H u \rVert$$
 
-    They are constants to `grad`, as in PyTorch. Raw has the shape of the value. A vector is
-    divided by its norm and has no state. Real and complex. A value of spectral norm 1 is kept;
-    any other goes to `value / sigma`, and zero stays zero.
+    They are constants to `grad`, as in PyTorch. With `n_power_iterations=None` sigma is the exact
+    largest singular value at every evaluation, and there is no state.
+
+    Raw has the shape of the value. A vector is divided by its norm and has no state. Real and
+    complex. A value of spectral norm 1 is kept; any other goes to `value / sigma`, and zero
+    stays zero.
 
     Args:
         dim: the dimension of outputs: 0 for Linear and Conv, 1 for ConvTranspose.
-        n_power_iterations: steps that one `update` takes.
+        n_power_iterations: steps that one `update` takes; None for the exact value.
         eps: lower bound of norms and of sigma.
 
     Raises:
@@ -50,11 +53,11 @@ class SpectralNorm(Transform[Tensor]):
     """
 
     dim: int = 0
-    n_power_iterations: int = 1
+    n_power_iterations: int | None = 1
     eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        if self.n_power_iterations <= 0:
+        if self.n_power_iterations is not None and self.n_power_iterations <= 0:
             raise ValueError(
                 "SpectralNorm expects n_power_iterations to be positive;"
                 f" got {self.n_power_iterations}"
@@ -66,21 +69,25 @@ class SpectralNorm(Transform[Tensor]):
     def forward(self, raw: Tensor, state: State) -> Tensor:
         if raw.ndim == 1:
             return normalize(raw, dim=0, eps=self.eps)
-        sigma = torch.vdot(state["u"], self._matrix(raw) @ state["v"]).real
+        X = self._matrix(raw)
+        if self.n_power_iterations is None:
+            sigma: Tensor = linalg.matrix_norm(X, 2)
+        else:
+            sigma = torch.vdot(state["u"], X @ state["v"]).real
         return raw / sigma.clamp_min(self.eps)
 
     @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        if value.ndim == 1:
+        if value.ndim == 1 or self.n_power_iterations is None:
             return value, {}
         u, v = _top_singular_vectors(self._matrix(value.detach()))
         return value, {"u": u, "v": v}
 
     @full_precision
     def update(self, raw: Tensor, state: State) -> State:
-        if raw.ndim == 1:
+        if raw.ndim == 1 or self.n_power_iterations is None:
             return state
         X = self._matrix(raw.detach())
         u, v = state["u"], state["v"]

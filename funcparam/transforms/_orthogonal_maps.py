@@ -1,0 +1,125 @@
+"""The maps behind Orthogonal, for tall matrices in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from types import MappingProxyType
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from funcparam.transforms._linalg import linalg
+
+
+def _skew_hermitian(X: Tensor) -> Tensor:
+    """A tall X's lower triangle, padded to a square matrix, minus its adjoint."""
+    n, k = X.shape[-2:]
+    lower = pad(X.tril(), (0, n - k)) if n > k else X.tril()
+    return lower - lower.mH
+
+
+def identity_like(X: Tensor) -> Tensor:
+    """The identity of X's shape; ones on the diagonal of a rectangle."""
+    return torch.eye(X.shape[-2], X.shape[-1], dtype=X.dtype, device=X.device)
+
+
+def _matrix_exp(X: Tensor) -> Tensor:
+    exponential: Tensor = linalg.matrix_exp(_skew_hermitian(X))
+    Q = exponential[..., : X.shape[-1]]
+    # Squaring doubles the rounding error of a large A. One Newton-Schulz step squares it instead;
+    # it is the identity on orthogonal matrices, and so needs no derivative.
+    frame = Q.detach()
+    return Q + (frame - frame @ (frame.mH @ frame)) / 2
+
+
+def _cayley(X: Tensor) -> Tensor:
+    A = _skew_hermitian(X)
+    # (I - A/2)^-1 (I + A/2) = 2 (I - A/2)^-1 - I: one inverse and no product
+    identity = identity_like(A)
+    inverse: Tensor = linalg.inv(identity - A / 2)
+    return (2 * inverse - identity)[..., : X.shape[-1]]
+
+
+def _householder(X: Tensor) -> Tensor:
+    """Minus the first columns of the product of the reflections, so that X = 0 gives I.
+
+    The product in the UT form is I - V S^-1 V^T with S = striu(V^T V) + diag(V^T V) / 2: one
+    product and one triangular solve instead of a loop. Source: Joffrain et al., Accumulating
+    Householder transformations, revisited, ACM TOMS 32 (2006).
+    """
+    k = X.shape[-1]
+    V = X.tril(-1) + identity_like(X)
+    gram = V.mT @ V
+    S = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
+    solved: Tensor = linalg.solve_triangular(S, V[..., :k, :].mT, upper=True)
+    return V @ solved - identity_like(X)
+
+
+def _qr(X: Tensor) -> Tensor:
+    """The Q factor of I + X, with a positive diagonal of R."""
+    Q, R = cast("tuple[Tensor, Tensor]", linalg.qr(identity_like(X) + X))
+    return Q * _phases(R)
+
+
+def _newton_schulz(X: Tensor) -> Tensor:
+    """The polar factor of I + X, by a fixed number of Newton-Schulz steps of order five.
+
+    Each step multiplies small singular values by 15/8, so 18 of them reach 1 to rounding for
+    condition numbers to about 1e4. Source: Björck and Bowie, SIAM J. Numer. Anal. 8 (1971).
+    """
+    start = identity_like(X) + X
+    return reduce(lambda Y, _: _towards_polar(Y), range(18), start / _norm_bound(start))
+
+
+def _norm_bound(Y: Tensor) -> Tensor:
+    """sqrt(|Y|_1 |Y|_inf), which is at least the spectral norm."""
+    columns, rows = Y.abs().sum(-2).amax(-1), Y.abs().sum(-1).amax(-1)
+    return (columns * rows).sqrt()[..., None, None]
+
+
+def _towards_polar(Y: Tensor) -> Tensor:
+    gram = Y.mH @ Y
+    return Y @ (15 * identity_like(gram) - 10 * gram + 3 * gram @ gram) / 8
+
+
+FRAMES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "matrix_exp": _matrix_exp,
+        "cayley": _cayley,
+        "householder": _householder,
+        "qr": _qr,
+        "newton_schulz": _newton_schulz,
+    }
+)
+"""Maps from a tall matrix to orthonormal columns, 0 to the identity."""
+
+
+def complete_q_factor(tall: Tensor) -> Tensor:
+    """An orthogonal matrix whose first columns are the Q factor of `tall`.
+
+    The signs make R's diagonal positive, so the Q factor of an orthonormal frame is itself.
+    """
+    k = tall.shape[-1]
+
+    Q, R = cast("tuple[Tensor, Tensor]", linalg.qr(tall, mode="complete"))
+    return torch.cat([Q[..., :k] * _phases(R), Q[..., k:]], dim=-1)
+
+
+def _phases(R: Tensor) -> Tensor:
+    diagonal = R.diagonal(dim1=-2, dim2=-1)
+    return torch.where(diagonal == 0, 1, diagonal.sgn()).unsqueeze(-2)
+
+
+def reflectors(tall: Tensor) -> tuple[Tensor, Tensor]:
+    """The Householder vectors and column signs that `_householder` maps to the Q factor."""
+    if tall.is_meta:  # geqrf has no meta kernel
+        return torch.empty_like(tall), tall.new_empty(tall.shape[:-2] + tall.shape[-1:])
+    packed, tau = torch.geqrf(tall)
+    diagonal = packed.diagonal(dim1=-2, dim2=-1)
+    # _householder negates the product. LAPACK leaves a column that needs no reflection alone
+    # (tau = 0), where a reflection by the unit vector negates it.
+    signs = torch.where(diagonal < 0, 1, -1) * torch.where(tau == 0, -1, 1)
+    return packed.tril(-1), signs.to(tall.dtype)
