@@ -218,10 +218,19 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
             params: a module, or parameters as `p` returns them.
             state: needed where it is part of the constraint (a mask, a frozen base).
         """
-        given = self._values(params)
+        return self._violations(self._values(params), state)
+
+    def summary(self, raw: RawTree, state: StateTree = _NOTHING) -> str:
+        """Describe raw and state as a table: counts of numbers, and violations."""
+        self._check(raw, state)
+        own = {name: state.get(name, _NOTHING) for name in self}
+        values = {name: self[name].forward(raw[name], own[name]) for name in self}
+        return summary(self.entries, raw, state, self._violations(values, state))
+
+    def _violations(self, values: Mapping[str, Tensor], state: StateTree) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, transform in self._transforms.items():
-            value = given[name]
+            value = values[name]
             low = value.dtype in (torch.bfloat16, torch.float16)
             try:
                 own = state.get(name, _NOTHING)
@@ -229,14 +238,6 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from error
         return found
-
-    def summary(self, raw: RawTree, state: StateTree = _NOTHING) -> str:
-        """Describe raw and state as a table: counts of numbers, and violations."""
-        self._check(raw, state)
-        own = {name: state.get(name, _NOTHING) for name in self}
-        values = {name: self[name].forward(raw[name], own[name]) for name in self}
-        found = {name: self[name].violation(values[name], own[name]) for name in self}
-        return summary(self.entries, raw, state, found)
 
     # The boundary
 

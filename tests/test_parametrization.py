@@ -241,6 +241,8 @@ def test_summary_counts_and_measures():
     assert [line.split()[-2:] for line in lines[2:3]] == [["0", "0.0e+00"]]
     assert lines[-2].split() == ["everything", "else", "2", "0"]
     assert lines[-1].split() == ["total", "10", "0"]
+    low, q = mixed(mlp(dtype=torch.bfloat16))
+    assert "Orthogonal" in q.summary(*q.init(low))
     meta = p.summary(*p.init(net.to("meta")))
     assert "meta" in meta
 
