@@ -1,0 +1,49 @@
+"""Every Python block of the README and the documentation runs, and prints what stands below it."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+# A Python block, with the text block right below it, which is what it prints.
+BLOCK = re.compile(
+    r"^```python[^\n]*\n(?P<code>.*?)^```$(?:\s*^```text\n(?P<printed>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if BLOCK.search(page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    text = page.read_text(encoding="utf-8")
+    namespace = {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        first = text.count("\n", 0, block.start("code"))
+        code = compile("\n" * first + block["code"], str(page), "exec")
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(code, namespace)
+        if block["printed"] is not None:
+            where = f"{page.name}, the block at line {first + 1}"
+            assert out.getvalue().rstrip() == block["printed"].rstrip(), where
+
+
+def test_pages_are_found():
+    assert {"README.md", "index.md", "concepts.md", "gotchas.md"} <= {page.name for page in PAGES}
+
+
+def test_readme_shows_what_the_quickstart_printed():
+    printed = (ROOT / "docs" / "quickstart.txt").read_text(encoding="utf-8")
+    assert printed.rstrip() in (ROOT / "README.md").read_text(encoding="utf-8")
