@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import funcparam as fp
+
 ROOT = Path(__file__).parent.parent
 
 # A Python block, with the text block right below it, which is what it prints.
@@ -47,3 +49,9 @@ def test_pages_are_found():
 def test_readme_shows_what_the_quickstart_printed():
     printed = (ROOT / "docs" / "quickstart.txt").read_text(encoding="utf-8")
     assert printed.rstrip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_public_name_is_documented():
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    documented = re.findall(r"^::: funcparam\.(?:transforms\.)?(\w+)$", text, re.MULTILINE)
+    assert sorted(documented) == sorted({*fp.__all__, *fp.transforms.__all__} - {"transforms"})
