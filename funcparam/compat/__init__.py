@@ -1,0 +1,10 @@
+"""The stateful API of `torch.nn.utils.parametrize` and `parametrizations`, thin over transforms.
+
+`from funcparam.compat import parametrize, parametrizations` is a drop-in import;
+[`install`][funcparam.compat.install] puts both in the place of torch's own.
+"""
+
+from funcparam.compat import parametrizations, parametrize
+from funcparam.compat._install import install, installed, uninstall
+
+__all__ = ["install", "installed", "parametrizations", "parametrize", "uninstall"]

@@ -1,0 +1,95 @@
+"""What happens when a parametrized attribute is read or assigned to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from funcparam.compat import _cache, _private
+
+_EXCHANGED = "_funcparam_exchanged"
+_HANDED_OUT = "_funcparam_handed_out"
+_RESETTING = "_funcparam_resetting"
+
+
+class _Exchange(NamedTuple):
+    """A value that `functional_call` put in, and what it will bring back in the end."""
+
+    before: object
+    value: Tensor
+
+
+def read(module: nn.Module, name: str) -> Tensor:
+    """The value of a parametrized tensor."""
+    if torch.jit.is_scripting():
+        raise RuntimeError("Parametrization is not working with scripting.")
+    own = vars(module)
+    exchanged = own.get(_EXCHANGED)
+    if exchanged is not None and exchanged.get(name):
+        return exchanged[name][-1].value
+    resetting = own.get(_RESETTING)
+    if resetting is not None and name in resetting:
+        return resetting[name][0]
+    value = _cache.evaluate(_list(module, name))
+    if resetting is not None:
+        resetting[name] = value, value.detach().clone()
+    return value
+
+
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set raw to the right inverse of `value`; what `functional_call` assigns is used as it is."""
+    if torch.jit.is_scripting():
+        raise RuntimeError("Parametrization is not working with scripting.")
+    if torch.compiler.is_compiling():
+        _assign_uncompiled(module, name, value)
+        return
+    before = _private.value_in_exchange(depth=2)
+    if before is None:
+        cast("Any", _list(module, name)).right_inverse(value)
+    else:
+        _exchange(module, name, before, value)
+
+
+@torch.compiler.disable(
+    reason="a parametrized tensor is assigned to. If this is torch.func.functional_call, pass the"
+    " raw tensors instead, 'parametrizations.weight.original' in place of 'weight'"
+)
+def _assign_uncompiled(module: nn.Module, name: str, value: Tensor) -> None:
+    cast("Any", _list(module, name)).right_inverse(value)
+
+
+def _exchange(module: nn.Module, name: str, before: object, value: Tensor) -> None:
+    """Put `value` in the place of the computed one, or take it out if `value` was there before."""
+    stack: list[_Exchange] = vars(module).setdefault(_EXCHANGED, {}).setdefault(name, [])
+    if stack and stack[-1].before is value:
+        stack.pop()
+        if not any(vars(module)[_EXCHANGED].values()):
+            del vars(module)[_EXCHANGED]
+    else:
+        stack.append(_Exchange(before, value))
+
+
+@contextmanager
+def writing_back(module: nn.Module) -> Iterator[None]:
+    """Hand out one value for each name; where it was written to, raw follows at the end."""
+    if _RESETTING in vars(module):  # reset_parameters that calls the other one
+        yield
+        return
+    values: dict[str, tuple[Tensor, Tensor]] = {}
+    vars(module)[_RESETTING] = values
+    try:
+        yield
+    finally:
+        del vars(module)[_RESETTING]
+    for name, (value, before) in values.items():
+        if not torch.equal(value, before):
+            cast("Any", _list(module, name)).right_inverse(value.detach())
+
+
+def _list(module: nn.Module, name: str) -> nn.Module:
+    return vars(module)["_modules"]["parametrizations"]._modules[name]

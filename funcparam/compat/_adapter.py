@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcparam.transforms import AnyTransform, Transform
+
+
+class TransformModule(nn.Module):
+    """A transform in the shape that `register_parametrization` wants: an `nn.Module`.
+
+    Its buffers are the transform's state. Named raw tensors become `original0`, `original1`, …
+    in the transform's order. In training mode each call takes one step of what evolves.
+
+    Args:
+        transform: the transform.
+        buffer_names: other names for some of the state, as in torch's checkpoints.
+    """
+
+    def __init__(
+        self, transform: AnyTransform, buffer_names: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self._buffer_of: dict[str, str] = dict(buffer_names or {})
+        self._raw_names: tuple[str, ...] | None = None
+
+    def forward(self, *raw: Tensor) -> Tensor:
+        """Map raw to the value, after one step of what evolves if in training mode."""
+        if self.training:
+            named = self._named(raw)
+            state = self.transform.update(named, self.state())
+            self._store(state)
+            return self.transform.forward(named, state)
+        return self.again(*raw)
+
+    def again(self, *raw: Tensor) -> Tensor:
+        """Map raw to the value with the state as it is."""
+        return self.transform.forward(self._named(raw), self.state())
+
+    def right_inverse(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Find raw for `value`; the state that belongs to it goes into the buffers."""
+        raw, state = self.transform.right_inverse(value.detach())
+        self._replace(state)
+        if isinstance(raw, Tensor):
+            return raw
+        self._raw_names = tuple(raw)
+        return tuple(raw.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The transform's state, from the buffers."""
+        return {key: getattr(self, name) for key, name in self._buffer_of.items()}
+
+    @property
+    def evolves(self) -> bool:
+        """Whether a step changes anything in training mode."""
+        return type(self.transform).update is not Transform.update
+
+    def _named(self, raw: tuple[Tensor, ...]) -> Any:
+        if self._raw_names is None:
+            return raw[0]
+        return dict(zip(self._raw_names, raw, strict=True))
+
+    def _replace(self, state: Mapping[str, Tensor]) -> None:
+        for key, tensor in state.items():
+            name = self._buffer_of.setdefault(key, key.replace(".", "_"))
+            self.register_buffer(name, tensor)
+
+    def _store(self, state: Mapping[str, Tensor]) -> None:
+        """Write new state into the buffers, in place: replicas and checkpoints share them.
+
+        Under `vmap` or `grad` over raw alone the new state belongs to the transform and has no
+        place in a buffer outside of it; it served this call and is dropped.
+        """
+        with torch.no_grad():
+            for key, new in state.items():
+                buffer = getattr(self, self._buffer_of[key])
+                if new is not buffer and not _escapes(new, buffer):
+                    buffer.copy_(new)
+
+    def extra_repr(self) -> str:
+        return repr(self.transform)
+
+
+class FunctionModule(nn.Module):
+    """A plain callable as a parametrization; its own `right_inverse` is used where it has one."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *raw: Tensor) -> Tensor:
+        """Call the function."""
+        return self.function(*raw)
+
+    def right_inverse(self, value: Tensor) -> Any:
+        """Call the function's own right inverse."""
+        inverse = getattr(self.function, "right_inverse", None)
+        if inverse is None:
+            raise NotImplementedError(
+                f"the function {_name(self.function)} has no right_inverse, so nothing can be"
+                " assigned to what it parametrizes; fp.transform(forward, right_inverse) adds one"
+            )
+        return inverse(value)
+
+    def extra_repr(self) -> str:
+        return _name(self.function)
+
+
+def as_module(parametrization: object) -> nn.Module:
+    """Make an `nn.Module` of a parametrization of any kind.
+
+    Raises:
+        TypeError: it is neither a module nor a transform nor callable.
+    """
+    if isinstance(parametrization, nn.Module):
+        return parametrization
+    if isinstance(parametrization, Transform):
+        return TransformModule(parametrization)
+    if callable(parametrization) and not isinstance(parametrization, type):
+        return FunctionModule(parametrization)
+    hint = "; call it first" if isinstance(parametrization, type) else ""
+    raise TypeError(
+        "a parametrization is expected to be an nn.Module, a funcparam transform or a function;"
+        f" got {parametrization!r}{hint}"
+    )
+
+
+def _escapes(new: Tensor, buffer: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch.func.debug_unwrap(new) is not new and torch.func.debug_unwrap(buffer) is buffer
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__qualname__", function))

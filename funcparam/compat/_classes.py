@@ -1,0 +1,114 @@
+"""The classes that modules get while they are parametrized: one for each class and set of names."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from copy import deepcopy
+from threading import RLock
+from typing import Any, cast
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from funcparam.compat import _access, _private
+
+# The one cache of the library. Values are weak: a subclass holds its base, the key.
+_CLASSES: WeakKeyDictionary[type, WeakValueDictionary[frozenset[str], type]] = WeakKeyDictionary()
+_LOCK = RLock()
+
+
+def parametrized_class(cls: type, names: frozenset[str]) -> type:
+    """The class for instances of `cls` whose tensors `names` are parametrized.
+
+    Instances of one class with the same names share it, so that equal modules have equal types
+    and a copy can go its own way.
+    """
+    with _LOCK:
+        made = _CLASSES.setdefault(cls, WeakValueDictionary())
+        found = made.get(names)
+        if found is None:
+            found = made[names] = _make(cls, names)
+        return found
+
+
+def original_class(module: nn.Module) -> type:
+    """The class that the module had before anything was parametrized."""
+    return type(module).__bases__[0]
+
+
+def _make(cls: type, names: frozenset[str]) -> type:
+    members: dict[str, Any] = {
+        "__module__": "torch.nn.utils.parametrize",  # torch.compile looks into such classes
+        "__getstate__": _refuse_pickle,
+        **{name: _tensor_property(name) for name in sorted(names)},
+    }
+    if not hasattr(cls, "__deepcopy__"):
+        members["__deepcopy__"] = _deepcopy
+    made = types.new_class(
+        f"Parametrized{cls.__name__}", (cls,), exec_body=lambda namespace: namespace.update(members)
+    )
+    made.__qualname__ = made.__name__
+    for name in ("reset_parameters", "_reset_parameters"):
+        if callable(getattr(cls, name, None)):
+            setattr(made, name, _writing_back(made, name))
+    vars_load = _loading(made)
+    made._load_from_state_dict = vars_load  # pyright: ignore[reportAttributeAccessIssue]
+    return made
+
+
+def _tensor_property(name: str) -> property:
+    def get(self: nn.Module) -> Tensor:
+        return _access.read(self, name)
+
+    def put(self: nn.Module, value: Tensor) -> None:
+        _access.assign(self, name, value)
+
+    return property(get, put)
+
+
+def _refuse_pickle(self: nn.Module) -> Any:
+    raise RuntimeError(
+        "Serialization of parametrized modules is only "
+        "supported through state_dict(). See:\n"
+        "https://pytorch.org/tutorials/beginner/saving_loading_models.html"
+        "#saving-loading-a-general-checkpoint-for-inference-and-or-resuming-training"
+    )
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What `copy.deepcopy` does without `__getstate__`, which refuses."""
+    cls = type(self)
+    twin = memo[id(self)] = cls.__new__(cls)
+    vars(twin).update(deepcopy(vars(self), memo))
+    for slot in _private.slot_names(cls):
+        if hasattr(self, slot):
+            setattr(twin, slot, deepcopy(getattr(self, slot), memo))
+    return twin
+
+
+def _writing_back(cls: type, name: str) -> Callable[..., Any]:
+    """The class's own initialisation, on the values; what it wrote to them goes to raw."""
+
+    def reset(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _access.writing_back(self):
+            return getattr(super(cls, self), name)(*args, **kwargs)
+
+    reset.__name__ = name
+    return reset
+
+
+def _loading(cls: type) -> Callable[..., None]:
+    """Loading from a state_dict, in which parametrizations may know older names."""
+
+    def load(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name, parts in cast("nn.ModuleDict", self.parametrizations).items():
+            for part in cast("nn.ModuleList", parts):
+                rename = getattr(part, "rename_legacy_keys", None)
+                if rename is not None:
+                    rename(state_dict, prefix, name)
+        super(cls, self)._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore
+
+    load.__name__ = "_load_from_state_dict"
+    return load

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.utils.parametrizations
+import torch.nn.utils.parametrize
+
+from funcparam.compat import parametrizations, parametrize
+
+_ORIGINALS = types.SimpleNamespace(depth=0, pairs=())
+
+
+def install() -> None:
+    """Let torch's own `parametrize` and `parametrizations` be funcparam's.
+
+    The names in torch's two modules, and wherever torch has imported them, are redirected.
+    Modules that torch parametrized before go on working. Calls nest: as many
+    [`uninstall`][funcparam.compat.uninstall] undo them.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.compat import installed, parametrizations
+        >>> with installed():
+        ...     torch.nn.utils.parametrizations.orthogonal is parametrizations.orthogonal
+        True
+    """
+    if _ORIGINALS.depth == 0:
+        _ORIGINALS.pairs = tuple(_pairs())
+        for name, old, new in _ORIGINALS.pairs:
+            _replace(name, old, new)
+    _ORIGINALS.depth += 1
+
+
+def uninstall() -> None:
+    """Undo one [`install`][funcparam.compat.install]; after the last, torch is as it was.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    if _ORIGINALS.depth == 0:
+        raise RuntimeError("funcparam.compat is not installed, so it cannot be uninstalled")
+    _ORIGINALS.depth -= 1
+    if _ORIGINALS.depth == 0:
+        for name, old, new in _ORIGINALS.pairs:
+            _replace(name, new, old)
+        _ORIGINALS.pairs = ()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Install for the time of a `with` block."""
+    install()
+    try:
+        yield
+    finally:
+        uninstall()
+
+
+def _pairs() -> Iterator[tuple[str, Any, Any]]:
+    """Name, torch's object and ours, of all that the two modules offer."""
+    for theirs, ours in (
+        (torch.nn.utils.parametrize, parametrize),
+        (torch.nn.utils.parametrizations, parametrizations),
+    ):
+        for name in theirs.__all__:
+            yield name, getattr(theirs, name), getattr(ours, name)
+
+
+def _replace(name: str, old: Any, new: Any) -> None:
+    """Redirect `name` in all loaded modules of torch that have it as `old`."""
+    for path, module in list(sys.modules.items()):
+        if path.split(".")[0] == "torch" and getattr(module, "__dict__", {}).get(name) is old:
+            setattr(module, name, new)

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from funcparam.compat import _private
+from funcparam.compat._adapter import TransformModule, as_module
+from funcparam.compat._tensors import all_or_nothing, put, register
+
+
+class ParametrizationList(nn.ModuleList):
+    """The parametrizations of one tensor, first to last, and the raw tensors they start from.
+
+    Raw is `original`; where the right inverse gives several tensors, `original0`, `original1`, …
+
+    Args:
+        modules: the parametrizations; at least one.
+        original: the parameter or buffer that is parametrized. It stays the same object if raw is
+            one tensor, or if it is itself one of several.
+        unsafe: whether the value may differ from `original` in dtype and shape.
+
+    Raises:
+        ValueError: the parametrizations do not fit the tensor. It is left as it was.
+    """
+
+    original: Tensor
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        original: Tensor,
+        unsafe: bool = False,  # noqa: FBT001, FBT002
+    ) -> None:
+        if len(modules) == 0:
+            raise ValueError("ParametrizationList requires one or more modules.")
+        super().__init__([as_module(module) for module in modules])
+        self.unsafe = unsafe
+        self._stepped: tuple[tuple[ref[Tensor], int], ...] = ()
+        shape, dtype = original.shape, original.dtype
+        with all_or_nothing(self, original):
+            raw = self._raw_for(original)
+            self.is_tensor = isinstance(raw, Tensor)
+            self.ntensors = 1 if isinstance(raw, Tensor) else len(raw)
+            if isinstance(raw, Tensor):
+                self._hold_one(original, raw)
+            else:
+                self._hold_many(original, raw)
+            if not unsafe:
+                _check_registration(self(), shape, dtype)
+            self._stepped = ()  # the check is no training step
+
+    def _raw_for(self, value: Tensor) -> Tensor | Sequence[Any]:
+        """The right inverse of `value`, where a missing one is taken for the identity."""
+        raw: Any = value
+        with torch.no_grad():
+            for part in reversed(self._parts()):
+                if hasattr(part, "right_inverse"):
+                    try:
+                        raw = cast("Any", part).right_inverse(raw)
+                    except NotImplementedError:
+                        continue
+        if not isinstance(raw, (Tensor, Sequence)):
+            raise ValueError(
+                "'right_inverse' must return a Tensor or a Sequence of tensors (list, tuple...). "
+                f"Got {type(raw).__name__}"
+            )
+        return cast("Tensor | Sequence[Any]", raw)
+
+    def _hold_one(self, original: Tensor, raw: Tensor) -> None:
+        for what in ("dtype", "device"):
+            if getattr(original, what) != getattr(raw, what):
+                raise ValueError(
+                    f"When `right_inverse` outputs one tensor, it may not change the {what}.\n"
+                    f"original.{what}: {getattr(original, what)}\n"
+                    f"right_inverse(original).{what}: {getattr(raw, what)}"
+                )
+        with torch.no_grad():
+            put(original, raw)
+        register(self, "original", original)
+
+    def _hold_many(self, original: Tensor, raw: Sequence[Any]) -> None:
+        for i, element in enumerate(raw):
+            name = f"original{i}"
+            if _private.is_opaque(element):
+                if not _private.is_opaque_reference(element):
+                    raise ValueError(
+                        "'right_inverse' must return a Tensor or a reference-type opaque. "
+                        f"Got element {i} of the sequence with type {type(element).__name__}."
+                    )
+                setattr(self, name, element)
+            elif isinstance(element, Tensor):
+                register(self, name, _like(original, element))
+            else:
+                raise ValueError(
+                    "'right_inverse' must return a Tensor or a Sequence of tensors "
+                    "(list, tuple...). "
+                    f"Got element {i} of the sequence with type {type(element).__name__}."
+                )
+
+    def right_inverse(self, value: Tensor) -> None:
+        """Set the raw tensors to the right inverse of `value`, last parametrization first.
+
+        Raises:
+            RuntimeError: a parametrization has no `right_inverse`.
+            ValueError: what it returns does not fit the raw tensors.
+        """
+        raw: Any = value
+        with torch.no_grad():
+            for part in reversed(self._parts()):
+                if not hasattr(part, "right_inverse"):
+                    raise RuntimeError(
+                        f"parametrization {type(part).__name__} does not implement right_inverse."
+                    )
+                raw = cast("Any", part).right_inverse(raw)
+            if self.is_tensor:
+                self._set_one(raw)
+            else:
+                self._set_many(raw)
+
+    def _set_one(self, raw: Any) -> None:
+        if not isinstance(raw, Tensor):
+            raise ValueError(f"`right_inverse` should return a tensor. Got {type(raw).__name__}")
+        if raw.dtype != self.original.dtype:
+            raise ValueError(
+                f"The tensor returned by `right_inverse` has dtype {raw.dtype} "
+                f"while `original` has dtype {self.original.dtype}"
+            )
+        put(self.original, raw)
+
+    def _set_many(self, raw: Any) -> None:
+        if not isinstance(raw, Sequence):
+            raise ValueError(
+                f"'right_inverse' must return a sequence of tensors. Got {type(raw).__name__}."
+            )
+        elements = cast("Sequence[Any]", raw)
+        if len(elements) != self.ntensors:
+            raise ValueError(
+                "'right_inverse' must return a sequence of tensors of length "
+                f"{self.ntensors}. Got a sequence of length {len(elements)}."
+            )
+        for i, element in enumerate(elements):
+            self._check_element(i, element)
+        for i, element in enumerate(elements):
+            if isinstance(element, Tensor):
+                put(getattr(self, f"original{i}"), element)
+            else:
+                setattr(self, f"original{i}", element)
+
+    def _check_element(self, i: int, element: Any) -> None:
+        if _private.is_opaque_reference(element):
+            return
+        if not isinstance(element, Tensor):
+            raise ValueError(
+                "'right_inverse' must return a sequence of tensors or reference-type opaques. "
+                f"Got element {i} of type {type(element).__name__}."
+            )
+        dtype = getattr(self, f"original{i}").dtype
+        if dtype != element.dtype:
+            raise ValueError(
+                f"Tensor {i} returned by `right_inverse` has dtype {element.dtype} "
+                f"while `original{i}` has dtype {dtype}"
+            )
+
+    def forward(self) -> Tensor:
+        """Compute the value from the raw tensors."""
+        if torch.jit.is_scripting():
+            raise RuntimeError("Parametrization is not working with scripting.")
+        raw = self.raw()
+        again = self._was_stepped(raw)
+        x: Any = raw
+        for key, part in self._modules.items():
+            if not key.isdigit():
+                continue
+            call = part.again if again and isinstance(part, TransformModule) else part
+            x = call(*x) if x is raw else call(x)  # pyright: ignore[reportOptionalCall]
+        return x
+
+    def raw(self) -> tuple[Any, ...]:
+        """The raw tensors in order."""
+        if self.is_tensor:
+            return (self.original,)
+        return tuple(getattr(self, f"original{i}") for i in range(self.ntensors))
+
+    def _was_stepped(self, raw: tuple[Any, ...]) -> bool:
+        """Whether what evolves took its step for these raw tensors; from now on, it did.
+
+        A step is due once for each change of raw, not for each read. In a trace no version can be
+        read, and under a `torch.func` transform nothing can be remembered: each read is a step.
+        """
+        if not self.training or torch.compiler.is_compiling() or not self._evolves():
+            return False
+        last = self._stepped
+        if len(last) == len(raw) and all(
+            seen() is tensor and version == _private.version(tensor)
+            for (seen, version), tensor in zip(last, raw, strict=True)
+        ):
+            return True
+        if all(isinstance(tensor, Tensor) and _private.is_plain(tensor) for tensor in raw):
+            self._stepped = tuple((ref(tensor), _private.version(tensor)) for tensor in raw)
+        return False
+
+    def _evolves(self) -> bool:
+        return any(
+            isinstance(part, TransformModule) and part.training and part.evolves
+            for part in self._modules.values()
+        )
+
+    def _parts(self) -> list[nn.Module]:
+        return [part for key, part in self._modules.items() if key.isdigit() and part is not None]
+
+
+def _like(original: Tensor, element: Tensor) -> Tensor:
+    """`element` as a parameter if `original` is one; an optimizer that knows it keeps it."""
+    if element is original:
+        return original
+    if isinstance(original, nn.Parameter):
+        return nn.Parameter(element, original.requires_grad)
+    return element.requires_grad_(original.requires_grad)
+
+
+def _check_registration(value: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"A parametrization must return a tensor. Got {type(value).__name__}.")
+    for what, expected in (("dtype", dtype), ("shape", shape)):
+        if getattr(value, what) != expected:
+            raise ValueError(
+                f"Registering a parametrization may not change the {what} of the tensor, unless"
+                " `unsafe` flag is enabled.\n"
+                f"unparametrized {what}: {expected}\n"
+                f"parametrized {what}: {getattr(value, what)}"
+            )

@@ -1,0 +1,90 @@
+"""What torch does not offer in public; the only file that takes it, and stands its absence."""
+
+from __future__ import annotations
+
+import copyreg
+import importlib
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+_MISSING = object()
+
+
+def _find(*places: str) -> Any:
+    """The first of the dotted names that this version of torch has; else `_MISSING`."""
+    for place in places:
+        module, _, name = place.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    return _MISSING
+
+
+_OPAQUE = _find("torch._opaque_base.OpaqueBase", "torch._custom_class_base.CustomClassBase")
+_IS_REFERENCE = _find(
+    "torch._library.opaque_object.is_opaque_symbolic_type",
+    "torch._library.opaque_object.is_opaque_reference_type",
+)
+_IS_WRAPPER = _find("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
+_SWAP = _find("torch.nn.utils._named_member_accessor.swap_tensor")
+
+
+def is_opaque(thing: object) -> bool:
+    """Whether `thing` is one of the objects that torch takes in a graph like a tensor."""
+    return _OPAQUE is not _MISSING and isinstance(thing, _OPAQUE)
+
+
+def is_opaque_reference(thing: object) -> bool:
+    """Whether it is an opaque object that is held by reference, and so can be a raw element."""
+    return is_opaque(thing) and (_IS_REFERENCE is _MISSING or bool(_IS_REFERENCE(type(thing))))
+
+
+def is_wrapper_subclass(tensor: Tensor) -> bool:
+    """Whether `tensor` is a subclass that holds other tensors, which `set_` cannot fill."""
+    return _IS_WRAPPER is not _MISSING and bool(_IS_WRAPPER(tensor))
+
+
+def slot_names(cls: type) -> list[str]:
+    """The names of all slots of a class."""
+    return cast("list[str]", getattr(copyreg, "_slotnames")(cls) or [])  # noqa: B009
+
+
+def value_in_exchange(depth: int) -> object | None:
+    """What `torch.func.functional_call` takes out, if it is what assigns to an attribute.
+
+    It swaps by reading the attribute and then assigning to it; the frame that does knows what
+    was read. None if the caller at `depth` is anything else.
+    """
+    frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None and frame.f_code.co_name == "__setattr__":
+        frame = frame.f_back
+    if _SWAP is _MISSING or frame is None or frame.f_code is not _SWAP.__code__:
+        return None
+    return frame.f_locals.get("orig_tensor")
+
+
+def tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """The dictionaries of a module that a registration changes."""
+    own = vars(module)
+    return own["_parameters"], own["_buffers"], own["_modules"]
+
+
+def non_persistent(module: nn.Module) -> set[str]:
+    """The names of the buffers that a state_dict leaves out."""
+    return cast("set[str]", vars(module)["_non_persistent_buffers_set"])
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is a tensor with a version, outside of all transforms and traces."""
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        return False
+    return not tensor.is_inference() and torch.func.debug_unwrap(tensor) is tensor
+
+
+def version(tensor: Tensor) -> int:
+    """How often `tensor` was written to; -1 if it does not count."""
+    return -1 if tensor.is_inference() else tensor._version  # pyright: ignore[reportPrivateUsage]

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcparam.compat import _private
+
+
+def register(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` a parameter or buffer of `module`, whichever it is."""
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(name, tensor)
+    else:
+        module.register_buffer(name, tensor)
+
+
+def put(dest: Tensor, src: Tensor) -> None:
+    """Give `dest` the data of `src` and let it be the same object, which optimizers know."""
+    if torch.__future__.get_swap_module_params_on_conversion() or _private.is_wrapper_subclass(
+        dest
+    ):
+        if isinstance(dest, nn.Parameter) and not isinstance(src, nn.Parameter):
+            src = nn.Parameter(src, requires_grad=dest.requires_grad)
+        torch.utils.swap_tensors(dest, src)
+    else:
+        dest.set_(src)  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Iterator[None]:
+    """Leave the module as it was if the block fails: class, hooks, tables and `tensors`.
+
+    Everything that lies under `module.parametrizations` belongs to it.
+    """
+    before = [(part, _Snapshot(part)) for part in _parts(module)]
+    aliases = [(tensor, tensor.detach(), tensor.requires_grad) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for part, snapshot in before:
+            snapshot.restore(part)
+        for tensor, alias, requires_grad in aliases:
+            _restore(tensor, alias)
+            tensor.requires_grad_(requires_grad)
+        raise
+
+
+class _Snapshot:
+    """The class and the attributes of one module, its tables copied."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.type = type(module)
+        self.attributes = dict(vars(module))
+        tables: list[Any] = [v for v in self.attributes.values() if isinstance(v, (dict, set))]
+        self.tables = [(table, table.copy()) for table in tables]
+
+    def restore(self, module: nn.Module) -> None:
+        module.__class__ = self.type
+        vars(module).clear()
+        vars(module).update(self.attributes)
+        for table, copy in self.tables:
+            table.clear()
+            table.update(copy)
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    parametrizations = vars(module)["_modules"].get("parametrizations")
+    if parametrizations is not None:
+        yield from parametrizations.modules()
+
+
+def _restore(tensor: Tensor, alias: Tensor) -> None:
+    with torch.no_grad():
+        if _private.is_wrapper_subclass(tensor) or tensor.untyped_storage().data_ptr() != (
+            alias.untyped_storage().data_ptr()
+        ):
+            put(tensor, alias)

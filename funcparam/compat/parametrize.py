@@ -1,0 +1,281 @@
+"""The functions of `torch.nn.utils.parametrize`, over classes that instances share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from funcparam.compat import _private
+from funcparam.compat._adapter import as_module
+from funcparam.compat._cache import cached
+from funcparam.compat._classes import original_class, parametrized_class
+from funcparam.compat._list import ParametrizationList
+from funcparam.compat._tensors import all_or_nothing, put, register
+
+__all__ = [
+    "ParametrizationList",
+    "cached",
+    "is_parametrized",
+    "register_parametrization",
+    "remove_parametrizations",
+    "transfer_parametrizations_and_params",
+    "type_before_parametrizations",
+]
+
+
+def register_parametrization(
+    module: nn.Module, tensor_name: str, parametrization: Any, *, unsafe: bool = False
+) -> nn.Module:
+    """Parametrize a parameter or buffer of `module`; on one that already is, add to the chain.
+
+    From then on `module.<tensor_name>` is computed from the raw tensors at
+    `module.parametrizations.<tensor_name>.original`, and assigning to it sets these to the right
+    inverse. If anything fails, the module is as it was before.
+
+    Args:
+        module: the module; it is changed and returned.
+        tensor_name: the attribute.
+        parametrization: an `nn.Module` whose `forward` maps raw to the value, with an optional
+            `right_inverse`; or a funcparam transform; or a function. It gets the training mode of
+            the module.
+        unsafe: whether the value may differ from the tensor in dtype and shape.
+
+    Raises:
+        ValueError: there is no such tensor, or the parametrization does not fit it.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.compat.parametrize import register_parametrization
+        >>> layer = register_parametrization(torch.nn.Linear(2, 2), "weight", torch.exp)
+        >>> bool((layer.weight > 0).all())
+        True
+    """
+    part = as_module(parametrization)
+    if is_parametrized(module, tensor_name):
+        with all_or_nothing(module):
+            part.train(module.training)
+            _append(module, tensor_name, part, unsafe)
+        return module
+    original = _tensor(module, tensor_name)
+    part.train(module.training)
+    with all_or_nothing(module, original):
+        held = ParametrizationList([part], original, unsafe=unsafe)
+        delattr(module, tensor_name)
+        if not is_parametrized(module):
+            module.parametrizations = nn.ModuleDict()
+        _set_class(module, {*_lists(module), tensor_name})
+        _lists(module)[tensor_name] = held
+    return module
+
+
+def _append(module: nn.Module, name: str, part: nn.Module, unsafe: bool) -> None:  # noqa: FBT001
+    if not unsafe:
+        _check_addition(name, getattr(module, name), part)
+    held = cast("ParametrizationList", _lists(module)[name])
+    held.append(part)
+    held.unsafe = held.unsafe or unsafe
+
+
+def _check_addition(name: str, value: Tensor, part: nn.Module) -> None:
+    """Raise unless `part` and its right inverse map tensors like `value` to tensors like it."""
+    out: Any = part(value)
+    if not isinstance(out, Tensor):
+        raise ValueError(f"A parametrization must return a tensor. Got {type(out).__name__}.")
+    for what in ("dtype", "shape"):
+        if getattr(out, what) != getattr(value, what):
+            raise ValueError(
+                f"Registering a parametrization may not change the {what} of the tensor, unless"
+                " the `unsafe` flag is enabled.\n"
+                f"module.{name}.{what}: {getattr(value, what)}\n"
+                f"parametrization(module.{name}).{what}: {getattr(out, what)}"
+            )
+    if not hasattr(part, "right_inverse"):
+        return
+    try:
+        back: Any = cast("Any", part).right_inverse(out)
+    except NotImplementedError:
+        return
+    if not isinstance(back, Tensor):
+        raise ValueError(
+            f"parametrization.right_inverse must return a tensor. Got: {type(back).__name__}"
+        )
+    for what in ("dtype", "shape"):
+        if getattr(back, what) != getattr(value, what):
+            raise ValueError(
+                f"The tensor returned by parametrization.right_inverse must have the same {what} "
+                f"as module.{name}, unless the `unsafe` flag is enabled.\n"
+                f"module.{name}.{what}: {getattr(value, what)}\n"
+                f"returned {what}: {getattr(back, what)}"
+            )
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    """The plain parameter or buffer `name`."""
+    parameters, buffers, _ = _private.tables(module)
+    if name not in parameters and name not in buffers:
+        raise ValueError(
+            f"Module '{module}' does not have a parameter, a buffer, or a "
+            f"parametrized element with name '{name}'"
+        )
+    tensor = getattr(module, name)
+    if tensor is None:
+        raise ValueError(
+            f"'{name}' of module '{module}' is None: this module was built without it, so there is"
+            " nothing to parametrize"
+        )
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"'{name}' of module '{module}' has no shape yet: run a batch through the lazy module"
+            " first, then parametrize it"
+        )
+    return tensor
+
+
+def is_parametrized(module: nn.Module, tensor_name: str | None = None) -> bool:
+    """Whether `module` has a parametrization: on `tensor_name`, or on anything if that is None."""
+    lists = getattr(module, "parametrizations", None)
+    if not isinstance(lists, nn.ModuleDict):
+        return False
+    return len(lists) > 0 if tensor_name is None else tensor_name in lists
+
+
+def remove_parametrizations(
+    module: nn.Module,
+    tensor_name: str,
+    leave_parametrized: bool = True,  # noqa: FBT001, FBT002
+) -> nn.Module:
+    """Make `tensor_name` a plain parameter or buffer again.
+
+    If anything fails, the module is as it was before.
+
+    Args:
+        module: the module; it is changed and returned.
+        tensor_name: the attribute.
+        leave_parametrized: whether it becomes the value, or else the raw tensor.
+
+    Raises:
+        ValueError: it is not parametrized; or it has several raw tensors and
+            `leave_parametrized` is False.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.compat.parametrize import (
+        ...     register_parametrization, remove_parametrizations
+        ... )
+        >>> layer = register_parametrization(torch.nn.Linear(2, 2), "weight", torch.exp)
+        >>> type(remove_parametrizations(layer, "weight"))
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    if not is_parametrized(module, tensor_name):
+        raise ValueError(f"Module {module} does not have a parametrization on {tensor_name}")
+    held = _lists(module)[tensor_name]
+    raws = [tensor for tensor in vars(held)["_parameters"].values() if tensor is not None]
+    buffers = [tensor for tensor in vars(held)["_buffers"].values() if tensor is not None]
+    with all_or_nothing(module, *raws, *buffers):
+        tensor = _plain_tensor(module, tensor_name, leave_parametrized)
+        del _lists(module)[tensor_name]
+        names = set(_lists(module))
+        if not names:
+            delattr(module, "parametrizations")
+        _set_class(module, names)
+        register(module, tensor_name, tensor)
+    return module
+
+
+def _plain_tensor(module: nn.Module, name: str, keep_value: bool) -> Tensor:  # noqa: FBT001
+    """What becomes of a tensor when its parametrizations go."""
+    held = cast("ParametrizationList", _lists(module)[name])
+    if not held.is_tensor:
+        if not keep_value:
+            raise ValueError(
+                "Cannot leave unparametrized (`leave_parametrized=False`) a tensor "
+                "that is parametrized in terms of a sequence of tensors."
+            )
+        return _from_several(held, getattr(module, name))
+    original = held.original
+    if keep_value:
+        with torch.no_grad():
+            value = getattr(module, name)
+            _fill(original, value)
+    return original
+
+
+def _from_several(held: ParametrizationList, value: Tensor) -> Tensor:
+    return nn.Parameter(value) if value.requires_grad else value
+
+
+def _fill(original: Tensor, value: Tensor) -> None:
+    if type(original) is Tensor:
+        put(original, value)
+        return
+    try:
+        put(original, value)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "Calling remove_parametrizations() with leave_parametrized=True "
+            "for a parameter that is an instance of a tensor subclass requires "
+            "set_() to be implemented correctly for the tensor subclass."
+            "Alternatively, one can opt into the swap_tensors path"
+            "Either set leave_parametrized=False or provide a working implementation"
+            "for set_() in the tensor subclass or set "
+            "torch.__future__.set_swap_module_params_on_conversion(True)."
+        ) from error
+
+
+def type_before_parametrizations(module: nn.Module) -> type:
+    """The class that `module` had before anything of it was parametrized; else its class."""
+    return original_class(module) if is_parametrized(module) else type(module)
+
+
+def transfer_parametrizations_and_params(
+    from_module: nn.Module, to_module: nn.Module, tensor_name: str | None = None
+) -> nn.Module:
+    """Let `to_module` share the parametrizations of `from_module`, and their raw tensors.
+
+    Args:
+        from_module: where they are; if it has none, nothing happens.
+        to_module: gets them, and the tensors themselves where it has none of that name.
+        tensor_name: the one to transfer; all if None.
+
+    Returns:
+        `to_module`.
+    """
+    if not is_parametrized(from_module):
+        return to_module
+    lists = _lists(from_module)
+    names: Iterable[str] = list(lists) if tensor_name is None else [tensor_name]
+    for name in names:
+        source = cast("ParametrizationList", lists[name])
+        if not hasattr(to_module, name):
+            setattr(to_module, name, nn.Parameter(getattr(from_module, name)))
+        for part in source:
+            register_parametrization(to_module, name, part)
+        target = _lists(to_module)[name]
+        for raw in _raw_names(source):
+            setattr(target, raw, getattr(source, raw))
+    return to_module
+
+
+def _raw_names(held: ParametrizationList) -> list[str]:
+    return ["original"] if held.is_tensor else [f"original{i}" for i in range(held.ntensors)]
+
+
+def _lists(module: nn.Module) -> nn.ModuleDict:
+    return cast("nn.ModuleDict", module.parametrizations)
+
+
+def _set_class(module: nn.Module, names: set[str]) -> None:
+    """Give `module` the class in which exactly `names` are parametrized."""
+    cls = original_class(module) if _has_injected_class(module) else type(module)
+    module.__class__ = parametrized_class(cls, frozenset(names)) if names else cls
+
+
+def _has_injected_class(module: nn.Module) -> bool:
+    """Whether the class is one of ours, or one that torch made for this instance alone."""
+    cls = type(module)
+    return cls.__module__ == "torch.nn.utils.parametrize" and cls.__name__.startswith(
+        "Parametrized"
+    )
