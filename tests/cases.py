@@ -15,17 +15,29 @@ from torch import Tensor
 
 from funcparam.transforms import (
     Chain,
+    CholeskyFactor,
+    CorrelationCholesky,
     Frozen,
+    Identity,
     Interval,
     LoRA,
+    LowerBound,
     Mask,
+    Ordered,
     Orthogonal,
     Positive,
+    PositiveDefinite,
+    PSDLowRank,
+    Simplex,
     Skew,
     SpecialOrthogonal,
     SpectralNorm,
+    StableDiagonal,
     Symmetric,
     Transform,
+    Triangular,
+    UnitNorm,
+    UpperBound,
     WeightNorm,
     transform,
 )
@@ -46,6 +58,8 @@ class Case:
     complex: bool = False
     log_det: Callable[[Tensor], Tensor] | None = None
     """Picks the free coordinates of raw and of a value; None where there is no determinant."""
+    free_of_value: Callable[[Tensor], Tensor] | None = None
+    """Picks the free coordinates of a value where they are not those of raw."""
     name: str = field(default="")
 
     def __str__(self) -> str:
@@ -97,6 +111,45 @@ def _some_zeros(x: Tensor) -> Tensor:
 
 def _unit_vector(x: Tensor) -> Tensor:
     return x / x.norm()
+
+
+def _lower_factor(x: Tensor) -> Tensor:
+    return x.tril(-1) + torch.diag_embed(x.diagonal(dim1=-2, dim2=-1).abs() + 0.5)
+
+
+def _unit_rows(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def _low_rank_psd(rank: int) -> Callable[[Tensor], Tensor]:
+    def apply(x: Tensor) -> Tensor:
+        factor = 0.4 * x[..., :rank]
+        return (factor @ factor.mH).to(x.dtype)
+
+    return apply
+
+
+def _top_eigenpairs(rank: int) -> Callable[[Any], Any]:
+    def apply(m):
+        n = len(m)
+        spectrum, vectors = scipy.linalg.eigh((m + m.T) / 2, subset_by_index=(n - rank, n - 1))
+        return (vectors * spectrum.clip(0)) @ vectors.T
+
+    return apply
+
+
+def _complex_of_pairs(x: Tensor) -> Tensor:
+    """Numbers of modulus 0.2 to 0.9, and of angle at least 0.1 away from the negative axis."""
+    modulus, angle = 0.2 + 0.7 * x.real.sigmoid(), 3 * torch.tanh(x.imag)
+    return torch.polar(modulus, angle)
+
+
+def _lower_entries(x: Tensor) -> Tensor:
+    return x[torch.ones_like(x).tril() == 1]
+
+
+def _below_diagonal(x: Tensor) -> Tensor:
+    return x[torch.ones_like(x).tril(-1) == 1]
 
 
 def triple(raw: Tensor) -> Tensor:
@@ -171,6 +224,73 @@ CASES = [
         log_det=lambda x: x[torch.ones_like(x).tril(-1) == 1],
     ),
     Case(Positive(), ANY, lambda x: x.exp(), log_det=lambda x: x),
+    Case(Positive("exp"), ANY, lambda x: x.exp(), log_det=lambda x: x),
+    Case(Positive("square"), ANY, lambda x: x.exp(), log_det=lambda x: x),
+    Case(LowerBound(-2), ANY, lambda x: x.exp() - 1.9, log_det=lambda x: x),
+    Case(UpperBound(0.5), ANY, lambda x: 0.4 - x.exp(), log_det=lambda x: x),
+    Case(Identity(), ANY, complex=True, log_det=lambda x: x),
+    Case(Simplex(), ((3, 4), (5,), (2, 3, 2), (1,)), lambda x: x.softmax(-1)),
+    Case(
+        Simplex("stick_breaking"),
+        ((3, 4), (5,), (2, 3, 2), (1,)),
+        lambda x: x.softmax(-1),
+        log_det=lambda x: x,
+        free_of_value=lambda w: w[..., :-1],
+    ),
+    Case(
+        Ordered(),
+        ((3, 4), (5,), (1,)),
+        lambda x: x.exp().cumsum(-1) - 2,
+        log_det=lambda x: x,
+    ),
+    Case(Triangular(), MATRICES, torch.tril, torch.tril, True, _lower_entries),
+    Case(
+        Triangular(upper=True),
+        MATRICES,
+        torch.triu,
+        torch.triu,
+        True,
+        lambda x: x[torch.ones_like(x).triu() == 1],
+    ),
+    Case(CholeskyFactor(), SQUARE, _lower_factor, log_det=_lower_entries),
+    *(
+        Case(
+            PositiveDefinite(eps),
+            SQUARE,
+            lambda x: x @ x.mT / 4 + torch.eye(x.shape[-1], dtype=x.dtype),
+            log_det=_lower_entries,
+        )
+        for eps in (0.0, 0.1)
+    ),
+    Case(
+        PSDLowRank(2),
+        ((4, 4), (2, 3, 3), (2, 2)),
+        _low_rank_psd(2),
+        _numpy(_top_eigenpairs(2)),
+        complex=True,
+    ),
+    Case(
+        CorrelationCholesky(),
+        ((4, 4), (2, 3, 3), (2, 2), (1, 1)),
+        lambda x: _unit_rows(_lower_factor(x)),
+        log_det=lambda x: x,
+        free_of_value=_below_diagonal,
+    ),
+    Case(UnitNorm(), ANY, _unit_rows, _unit_rows, complex=True),
+    Case(
+        UnitNorm(dim=0),
+        ANY,
+        lambda x: x / x.norm(dim=0, keepdim=True),
+        lambda x: x / x.norm(dim=0, keepdim=True),
+        complex=True,
+    ),
+    Case(
+        StableDiagonal(pairs=True),
+        ((4, 2), (2, 3, 2)),
+        lambda x: torch.view_as_real(_complex_of_pairs(torch.view_as_complex(x))),
+        log_det=lambda x: x,
+        free_of_value=lambda w: w,
+    ),
     Case(Interval(-2, 0.5), ANY, lambda x: x.sigmoid() * 2.4 - 1.95, log_det=lambda x: x),
     Case(Mask(), ANY, _some_zeros, complex=True, log_det=lambda x: x[_some_zeros(x) != 0]),
     Case(LoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2)), complex=True),

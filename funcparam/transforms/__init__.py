@@ -1,34 +1,56 @@
 """Transforms: pure maps from raw tensors to a weight, one family a file."""
 
 from funcparam.transforms._base import AnyTransform, Raw, State, Transform
+from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
 from funcparam.transforms._chain import Chain
+from funcparam.transforms._cholesky import CholeskyFactor, PositiveDefinite
+from funcparam.transforms._correlation import CorrelationCholesky
 from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._function import transform
-from funcparam.transforms._interval import Interval, Positive
+from funcparam.transforms._identity import Identity
 from funcparam.transforms._lora import LoRA
 from funcparam.transforms._mask import Mask
 from funcparam.transforms._norm import WeightNorm
+from funcparam.transforms._ordered import Ordered
 from funcparam.transforms._orthogonal import Orthogonal, SpecialOrthogonal
+from funcparam.transforms._positive import Positive
 from funcparam.transforms._precision import full_precision
+from funcparam.transforms._psd_low_rank import PSDLowRank
+from funcparam.transforms._simplex import Simplex
 from funcparam.transforms._spectral import SpectralNorm
+from funcparam.transforms._sphere import UnitNorm
+from funcparam.transforms._stable import StableDiagonal
 from funcparam.transforms._symmetric import Skew, Symmetric
+from funcparam.transforms._triangular import Triangular
 
 __all__ = [
     "AnyTransform",
     "Chain",
+    "CholeskyFactor",
+    "CorrelationCholesky",
     "Frozen",
+    "Identity",
     "Interval",
     "LoRA",
+    "LowerBound",
     "Mask",
+    "Ordered",
     "Orthogonal",
+    "PSDLowRank",
     "Positive",
+    "PositiveDefinite",
     "Raw",
+    "Simplex",
     "Skew",
     "SpecialOrthogonal",
     "SpectralNorm",
+    "StableDiagonal",
     "State",
     "Symmetric",
     "Transform",
+    "Triangular",
+    "UnitNorm",
+    "UpperBound",
     "WeightNorm",
     "full_precision",
     "transform",

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
+from funcparam.transforms._precision import full_precision
+from funcparam.transforms._softplus import inverse_softplus, softplus
+
+
+@final
+@dataclass(frozen=True)
+class Interval(Transform[Tensor]):
+    r"""Entries strictly between two bounds: `W = low + (high - low) sigmoid(X)`.
+
+    Raw has the shape of the value. State `{"low", "high"}` holds the bounds as scalars, so that
+    they can be moved or swept with `vmap`; `low` and `high` here are what init writes there.
+    Real dtypes. The right inverse is exact, the logit of `(W - low) / (high - low)`.
+    Log-determinant: `sum(log(high - low) + log sigmoid(X) + log sigmoid(-X))`.
+
+    Args:
+        low: the lower bound, finite.
+        high: the upper bound, finite, above `low`.
+
+    Raises:
+        ValueError: the bounds are not finite or not in order; at init, if an entry is not
+            strictly between them.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Interval
+        >>> raw, state = Interval(-1, 1).right_inverse(torch.tensor([0.5]))
+        >>> Interval(-1, 1).forward(raw, state)
+        tensor([0.5000])
+        >>> Interval(-1, 1).forward(raw, {**state, "high": torch.tensor(3.0)})
+        tensor([2.0000])
+
+    Source: Stan reference manual, lower and upper bounded scalar.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.low) and isfinite(self.high) and self.low < self.high):
+            raise ValueError(
+                "Interval expects finite bounds with low < high;"
+                f" got low={self.low}, high={self.high}"
+            )
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return state["low"] + (state["high"] - state["low"]) * raw.sigmoid()
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        inside = (value > self.low) & (value < self.high)
+        expect_all(
+            self, inside, "expects every entry strictly between its bounds; clamp the value first"
+        )
+        raw = torch.logit((value - self.low) / (self.high - self.low))
+        return raw, {
+            "low": value.new_full((), self.low),
+            "high": value.new_full((), self.high),
+        }
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """How far the farthest entry is outside; the bounds in state count if they are given."""
+        low, high = state.get("low", self.low), state.get("high", self.high)
+        return largest(torch.maximum(low - value, value - high).clamp_min(0))
+
+    @full_precision
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        width = torch.log(state["high"] - state["low"])
+        return (width + logsigmoid(raw) + logsigmoid(-raw)).sum()
+
+    def check(self, value: Tensor) -> None:
+        expect_real(self, value)
+
+
+@final
+@dataclass(frozen=True)
+class LowerBound(Transform[Tensor]):
+    r"""Entries above a bound: `W = low + softplus(X)`.
+
+    Raw has the shape of the value. State `{"low"}` holds the bound as a scalar, so that it can
+    be moved or swept with `vmap`; `low` here is what init writes there. Real dtypes. The right
+    inverse is exact, that of softplus at `W - low`. Log-determinant: `sum(log(sigmoid(X)))`.
+
+    Args:
+        low: the lower bound, finite.
+
+    Raises:
+        ValueError: the bound is not finite; at init, if an entry is not above it.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import LowerBound
+        >>> raw, state = LowerBound(-1).right_inverse(torch.tensor([0.5]))
+        >>> LowerBound(-1).forward(raw, state)
+        tensor([0.5000])
+        >>> LowerBound(-1).forward(raw, {"low": torch.tensor(3.0)})
+        tensor([4.5000])
+
+    Source: Stan reference manual, lower bounded scalar, with softplus for the exponential.
+    """
+
+    low: float
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.low):
+            raise ValueError(f"LowerBound expects a finite bound; got low={self.low}")
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return state["low"] + softplus(raw)
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        expect_all(
+            self, value > self.low, "expects every entry above its bound; clamp the value first"
+        )
+        return inverse_softplus(value - self.low), {"low": value.new_full((), self.low)}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """How far the least entry is below the bound; the one in state counts if it is given."""
+        return largest((state.get("low", self.low) - value).clamp_min(0))
+
+    @full_precision
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        return logsigmoid(raw).sum()
+
+    def check(self, value: Tensor) -> None:
+        expect_real(self, value)
+
+
+@final
+@dataclass(frozen=True)
+class UpperBound(Transform[Tensor]):
+    r"""Entries below a bound: `W = high - softplus(X)`.
+
+    Raw has the shape of the value; a larger raw is a smaller value. State `{"high"}` holds the
+    bound as a scalar, so that it can be moved or swept with `vmap`; `high` here is what init
+    writes there. Real dtypes. The right inverse is exact, that of softplus at `high - W`.
+    Log-determinant: `sum(log(sigmoid(X)))`.
+
+    Args:
+        high: the upper bound, finite.
+
+    Raises:
+        ValueError: the bound is not finite; at init, if an entry is not below it.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import UpperBound
+        >>> raw, state = UpperBound(1).right_inverse(torch.tensor([0.5]))
+        >>> UpperBound(1).forward(raw, state)
+        tensor([0.5000])
+
+    Source: Stan reference manual, upper bounded scalar, with softplus for the exponential.
+    """
+
+    high: float
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.high):
+            raise ValueError(f"UpperBound expects a finite bound; got high={self.high}")
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return state["high"] - softplus(raw)
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        expect_all(
+            self, value < self.high, "expects every entry below its bound; clamp the value first"
+        )
+        return inverse_softplus(self.high - value), {"high": value.new_full((), self.high)}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """How far the largest entry is above the bound; the one in state counts if it is given."""
+        return largest((value - state.get("high", self.high)).clamp_min(0))
+
+    @full_precision
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        return logsigmoid(raw).sum()
+
+    def check(self, value: Tensor) -> None:
+        expect_real(self, value)

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite, log
+from typing import cast, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from funcparam.transforms._base import (
+    State,
+    Transform,
+    expect_all,
+    expect_real,
+    expect_square,
+    largest,
+)
+from funcparam.transforms._linalg import linalg
+from funcparam.transforms._precision import full_precision
+from funcparam.transforms._softplus import inverse_softplus, softplus
+
+
+@final
+@dataclass(frozen=True)
+class CholeskyFactor(Transform[Tensor]):
+    r"""Lower triangular matrices with a positive diagonal.
+
+    $$L = \operatorname{tril}(X, -1) + \operatorname{diag}(\operatorname{softplus}(X_{ii}))$$
+
+    Raw has the shape of the value, `(..., n, n)`; its upper triangle is unused and starts at 0.
+    Real dtypes. A value of this kind is kept; of another one with a positive diagonal the lower
+    triangle is. Log-determinant over the lower triangle: the sum of $\log \sigma(X_{ii})$.
+
+    Raises:
+        ValueError: at `fp.parametrize`, if the value is not square or not real; at init, if its
+            diagonal is not positive.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import CholeskyFactor
+        >>> raw, state = CholeskyFactor().right_inverse(torch.tensor([[1.0, 0.0], [-3.0, 2.0]]))
+        >>> CholeskyFactor().forward(raw, state)
+        tensor([[ 1.,  0.],
+                [-3.,  2.]])
+
+    Source: Stan reference manual, Cholesky factors of covariance matrices, with softplus for the
+    exponential; `torch.distributions.constraints.lower_cholesky`.
+    """
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return _factor(raw)
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        expect_all(
+            self, _diagonal(value) > 0, "expects a positive diagonal; clamp the value's first"
+        )
+        return _raw_factor(value), {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """The largest of |entry above the diagonal| and -diagonal."""
+        return torch.maximum(largest(value.triu(1)), largest((-_diagonal(value)).clamp_min(0)))
+
+    @full_precision
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        return logsigmoid(_diagonal(raw)).sum()
+
+    def check(self, value: Tensor) -> None:
+        expect_real(self, value)
+        expect_square(self, value)
+
+
+@final
+@dataclass(frozen=True)
+class PositiveDefinite(Transform[Tensor]):
+    r"""Symmetric positive definite matrices, by their Cholesky factor.
+
+    $$W = L L^T + \epsilon I, \qquad
+    L = \operatorname{tril}(X, -1) + \operatorname{diag}(\operatorname{softplus}(X_{ii}))$$
+
+    Raw has the shape of the value, `(..., n, n)`; its upper triangle is unused and starts at 0.
+    Real dtypes. A symmetric value whose eigenvalues are above `eps` is kept; of any other value
+    the symmetric part is, if its eigenvalues are. The log-determinant is over the lower
+    triangle: $n \log 2 + \sum_i (n - i + 1) \log L_{ii} + \log \sigma(X_{ii})$.
+
+    Args:
+        eps: what every eigenvalue is at least, which bounds the condition.
+
+    Raises:
+        ValueError: `eps` is negative or not finite; at `fp.parametrize`, if the value is not
+            square or not real; at init, if its symmetric part minus `eps` is not positive
+            definite.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import PositiveDefinite
+        >>> raw, state = PositiveDefinite().right_inverse(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> PositiveDefinite().forward(raw, state)
+        tensor([[2.0000, 1.0000],
+                [1.0000, 2.0000]])
+
+    Source: Pinheiro and Bates, Unconstrained parametrizations for variance-covariance matrices,
+    Statistics and Computing 6 (1996); Stan reference manual, covariance matrices.
+    """
+
+    eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.eps >= 0 and isfinite(self.eps)):
+            raise ValueError(f"PositiveDefinite expects eps to be finite and >= 0; got {self.eps}")
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        L = _factor(raw)
+        gram = L @ L.mT
+        return gram + self._shift(gram) if self.eps else gram
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        gram = (value + value.mT) / 2
+        if self.eps:
+            gram = gram - self._shift(gram)
+        L, info = cast("tuple[Tensor, Tensor]", linalg.cholesky_ex(gram))
+        expect_all(
+            self,
+            info == 0,
+            f"expects a matrix whose symmetric part has eigenvalues above {self.eps}; this one has"
+            " not: add a multiple of the identity first, or use PSDLowRank, which projects",
+        )
+        return _raw_factor(L), {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest |W - W^T|, or how far the least eigenvalue is below eps if that is more."""
+        spectrum: Tensor = linalg.eigvalsh((value + value.mT) / 2)
+        below = (self.eps - spectrum).clamp_min(0)
+        return torch.maximum(largest(value - value.mT), largest(below))
+
+    @full_precision
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        X = _diagonal(raw)
+        n = X.shape[-1]
+        powers = torch.arange(n, 0, -1, dtype=X.dtype, device=X.device)
+        return (log(2) + powers * softplus(X).log() + logsigmoid(X)).sum()
+
+    def check(self, value: Tensor) -> None:
+        expect_real(self, value)
+        expect_square(self, value)
+
+    def _shift(self, gram: Tensor) -> Tensor:
+        return self.eps * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _diagonal(X: Tensor) -> Tensor:
+    return X.diagonal(dim1=-2, dim2=-1)
+
+
+def _factor(raw: Tensor) -> Tensor:
+    return raw.tril(-1) + softplus(_diagonal(raw)).diag_embed()
+
+
+def _raw_factor(L: Tensor) -> Tensor:
+    return L.tril(-1) + inverse_softplus(_diagonal(L)).diag_embed()

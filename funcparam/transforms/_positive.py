@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
+from funcparam.transforms._precision import full_precision
+from funcparam.transforms._softplus import inverse_softplus, softplus
+
+
+@final
+@dataclass(frozen=True)
+class Positive(Transform[Tensor]):
+    r"""Positive entries, by one of three maps.
+
+    | map | value | right inverse | log-determinant |
+    |---|---|---|---|
+    | `"softplus"` | `W = log(1 + exp(X))` | `W + log(1 - exp(-W))` | `sum(log(sigmoid(X)))` |
+    | `"exp"` | `W = exp(X)` | `log(W)` | `sum(X)` |
+    | `"square"` | `W = X^2` | `sqrt(W)` | `sum(log(2 |X|))` |
+
+    Raw has the shape of the value. Real dtypes. Every positive value is kept. The sign of raw is
+    lost under `"square"`; the log-determinant is that of each of the two branches.
+
+    Softplus grows no faster than raw and is the safe choice. The exponential trains scales at
+    equal relative speed; above about 88 in float32 (709 in float64) it overflows. The square has
+    no gradient where raw is 0, and its value there is 0.
+
+    Args:
+        map: `"softplus"`, `"exp"` or `"square"`.
+
+    Raises:
+        ValueError: `map` is none of the three; at init, if an entry is not positive.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Positive
+        >>> raw, state = Positive().right_inverse(torch.tensor([0.5, 2.0]))
+        >>> Positive().forward(raw, state)
+        tensor([0.5000, 2.0000])
+        >>> Positive("square").forward(torch.tensor([-3.0]), {})
+        tensor([9.])
+
+    Source: `SoftplusTransform` and `ExpTransform` of `torch.distributions.transforms`.
+    """
+
+    map: Literal["softplus", "exp", "square"] = "softplus"
+
+    def __post_init__(self) -> None:
+        if self.map not in _MAPS:
+            raise ValueError(
+                f"Positive expects map to be one of {', '.join(map(repr, _MAPS))}; got {self.map!r}"
+            )
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return _MAPS[self.map].forward(raw)
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        expect_all(self, value > 0, "expects every entry to be positive; clamp the value first")
+        return _MAPS[self.map].inverse(value), {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """How far the least entry is below 0."""
+        return largest((-value).clamp_min(0))
+
+    @full_precision
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        return _MAPS[self.map].log_derivative(raw).sum()
+
+    def check(self, value: Tensor) -> None:
+        expect_real(self, value)
+
+
+class _Map(NamedTuple):
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+    log_derivative: Callable[[Tensor], Tensor]
+
+
+def _identity(X: Tensor) -> Tensor:
+    return X
+
+
+def _log_of_twice(X: Tensor) -> Tensor:
+    return torch.log(2 * X.abs())
+
+
+_MAPS: Mapping[str, _Map] = MappingProxyType(
+    {
+        "softplus": _Map(softplus, inverse_softplus, logsigmoid),
+        "exp": _Map(torch.exp, torch.log, _identity),
+        "square": _Map(torch.square, torch.sqrt, _log_of_twice),
+    }
+)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast, final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms._base import State, Transform, expect_square, largest
+from funcparam.transforms._linalg import linalg
+from funcparam.transforms._precision import full_precision
+
+
+@final
+@dataclass(frozen=True)
+class PSDLowRank(Transform[Tensor]):
+    r"""Positive semidefinite matrices of at most a given rank: `W = F F^H`.
+
+    For a value of shape `(..., n, n)` raw is `F`, `(..., n, rank)`. Real (symmetric) and complex
+    (Hermitian). A value of this kind is kept; any other goes to the nearest one: the `rank`
+    largest eigenvalues of its Hermitian part that are positive, with their eigenvectors.
+
+    A value of less than `rank` leaves columns of `F` at 0, where their gradient is 0 too.
+
+    Args:
+        rank: the number of columns of `F`, positive.
+
+    Raises:
+        ValueError: `rank` is not positive; at `fp.parametrize`, if the value is not square or
+            smaller than `rank`.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import PSDLowRank
+        >>> raw, state = PSDLowRank(1).right_inverse(torch.diag(torch.tensor([4.0, 1.0])))
+        >>> PSDLowRank(1).forward(raw, state)
+        tensor([[4., 0.],
+                [0., 0.]])
+
+    Source: Burer and Monteiro, Mathematical Programming 95 (2003); Eckart and Young,
+    Psychometrika 1 (1936).
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank <= 0:
+            raise ValueError(f"PSDLowRank expects a positive rank; got {self.rank}")
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return raw @ raw.mH
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        spectrum, vectors = cast("tuple[Tensor, Tensor]", linalg.eigh((value + value.mH) / 2))
+        roots = spectrum[..., -self.rank :].clamp_min(0).sqrt()
+        return vectors[..., -self.rank :] * roots.unsqueeze(-2), {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """The largest of |W - W^H|, -eigenvalue, and |eigenvalue| beyond `rank`."""
+        spectrum: Tensor = linalg.eigvalsh((value + value.mH) / 2)
+        below = largest((-spectrum).clamp_min(0))
+        beyond = largest(spectrum[..., : -self.rank])
+        return torch.stack([largest(value - value.mH), below, beyond]).amax()
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(
+            f"{self!r} has no log_abs_det_jacobian: rotations of raw change nothing, so the"
+            " Jacobian is singular"
+        )
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_square(self, value)
+        if self.rank > value.shape[-1]:
+            raise ValueError(
+                f"{self!r} expects a matrix with sides of at least {self.rank};"
+                f" got shape {tuple(value.shape)}"
+            )

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms._base import State, Transform, expect_all, expect_dim, largest
+from funcparam.transforms._linalg import linalg
+from funcparam.transforms._precision import full_precision
+
+
+@final
+@dataclass(frozen=True)
+class UnitNorm(Transform[Tensor]):
+    r"""Vectors of length 1 along a dimension: `W = X / |X|`.
+
+    Raw has the shape of the value and starts as the value. Real and complex. A value of this
+    kind is kept; any other goes to the nearest one, `value / |value|`. Gradients are orthogonal
+    to raw and shrink as `1 / |X|`; where raw is zero the value is zero.
+
+    Args:
+        dim: the dimension along which lengths are 1. -1: rows of a matrix; 0: its columns.
+
+    Raises:
+        ValueError: at `fp.parametrize`, if the value has no dimension `dim`; at init, if a
+            vector is zero.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import UnitNorm
+        >>> UnitNorm().forward(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), {})
+        tensor([[0.6000, 0.8000],
+                [0.0000, 1.0000]])
+
+    Source: Absil, Mahony and Sepulchre, Optimization Algorithms on Matrix Manifolds (2008),
+    section 4.1 (the projective retraction of the sphere).
+    """
+
+    dim: int = -1
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        if raw.shape[self.dim] == 0:
+            return raw
+        # Squares of large and small entries would overflow and vanish. The map does not see the
+        # scale, so dividing by a constant is exact in every derivative.
+        scale = raw.detach().abs().amax(self.dim, keepdim=True)
+        X = raw / torch.where(scale == 0, 1, scale)
+        norm: Tensor = linalg.vector_norm(X, dim=self.dim, keepdim=True)
+        return X / norm.clamp_min(0.5)  # at least 1, but of a zero vector
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        expect_all(
+            self,
+            (value != 0).any(self.dim),
+            f"expects no vector along dim {self.dim} to be zero: it has no direction",
+        )
+        return value, {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest ||W| - 1|."""
+        norm: Tensor = linalg.vector_norm(value, dim=self.dim)
+        return largest(norm - 1)
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(
+            f"{self!r} has no log_abs_det_jacobian: the length of raw is lost, so its Jacobian"
+            " is singular"
+        )
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_dim(self, value, self.dim)
