@@ -427,7 +427,7 @@ def test_no_right_inverse_says_what_to_use():
 
 def test_arguments_of_transforms():
     for make, match in [
-        (lambda: Orthogonal("euler"), "'matrix_exp', 'cayley', 'householder'; got 'euler'"),
+        (lambda: Orthogonal("euler"), "'qr', 'newton_schulz'; got 'euler'"),
         (lambda: Interval(1, 0), "low < high; got low=1, high=0"),
         (lambda: Interval(0, float("inf")), "finite bounds"),
         (lambda: LoRA(rank=0), "positive rank; got 0"),
