@@ -5,6 +5,15 @@
 """
 
 from funcparam.compat import parametrizations, parametrize
+from funcparam.compat._convert import to_functional, to_stateful
 from funcparam.compat._install import install, installed, uninstall
 
-__all__ = ["install", "installed", "parametrizations", "parametrize", "uninstall"]
+__all__ = [
+    "install",
+    "installed",
+    "parametrizations",
+    "parametrize",
+    "to_functional",
+    "to_stateful",
+    "uninstall",
+]

@@ -27,11 +27,13 @@ class TransformModule(nn.Module):
         self.transform = transform
         self._buffer_of: dict[str, str] = dict(buffer_names or {})
         self._raw_names: tuple[str, ...] | None = None
+        # whether a step changes anything in training mode
+        self.evolves = type(transform).update is not Transform.update
 
     def forward(self, *raw: Tensor) -> Tensor:
         """Map raw to the value, after one step of what evolves if in training mode."""
-        if self.training:
-            named = self._named(raw)
+        if self.training and self.evolves:
+            named = self.named(raw)
             state = self.transform.update(named, self.state())
             self._store(state)
             return self.transform.forward(named, state)
@@ -39,27 +41,26 @@ class TransformModule(nn.Module):
 
     def again(self, *raw: Tensor) -> Tensor:
         """Map raw to the value with the state as it is."""
-        return self.transform.forward(self._named(raw), self.state())
+        return self.transform.forward(self.named(raw), self.state())
 
     def right_inverse(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Find raw for `value`; the state that belongs to it goes into the buffers."""
         raw, state = self.transform.right_inverse(value.detach())
-        self._replace(state)
-        if isinstance(raw, Tensor):
-            return raw
-        self._raw_names = tuple(raw)
-        return tuple(raw.values())
+        self.take(raw, state)
+        return raw if isinstance(raw, Tensor) else tuple(raw.values())
 
     def state(self) -> dict[str, Tensor]:
         """The transform's state, from the buffers."""
         return {key: getattr(self, name) for key, name in self._buffer_of.items()}
 
-    @property
-    def evolves(self) -> bool:
-        """Whether a step changes anything in training mode."""
-        return type(self.transform).update is not Transform.update
+    def take(self, raw: Any, state: Mapping[str, Tensor]) -> None:
+        """Let the buffers be `state`, and know the names of raw."""
+        self._replace(state)
+        if not isinstance(raw, Tensor):
+            self._raw_names = tuple(raw)
 
-    def _named(self, raw: tuple[Tensor, ...]) -> Any:
+    def named(self, raw: tuple[Tensor, ...]) -> Any:
+        """Raw as the transform takes it."""
         if self._raw_names is None:
             return raw[0]
         return dict(zip(self._raw_names, raw, strict=True))

@@ -17,32 +17,35 @@ __all__ = ["orthogonal", "spectral_norm", "weight_norm"]
 _MAPS = ("matrix_exp", "cayley", "householder")
 
 
-class _Orthogonal(TransformModule):
+class OrthogonalModule(TransformModule):
     """Orthogonal, with raw as in torch's checkpoints: the diagonal of a raw matrix is sign only."""
 
     def __init__(self, transform: Orthogonal, shape: torch.Size) -> None:
         super().__init__(transform, {"base": "base"} if transform.trivialize else None)
         self.shape = shape
         self.householder = transform.map == "householder"
+        self.trivialized = transform.trivialize
         if transform.trivialize:
             self.register_buffer("base", None)
-
-    def state(self) -> dict[str, Tensor]:
-        return super().state()
 
     def forward(self, *raw: Tensor) -> Tensor:
         """Map raw to an orthogonal matrix."""
         (X,) = raw
         if not self.householder:
             return self.transform.forward(X, self.state())
-        signs = torch.where(X.detach().diagonal(dim1=-2, dim2=-1) > 0, -1, 1).to(X.dtype)
-        if "base" not in self._buffer_of:
+        signs = self.signs(X)
+        if not self.trivialized:
             return self.transform.forward(X, {"signs": signs})
         Q = self.transform.forward(X, self.state())
         wide = X.shape[-2] < X.shape[-1]
         return Q * signs.unsqueeze(-1 if wide else -2)
 
     again = forward
+
+    @staticmethod
+    def signs(X: Tensor) -> Tensor:
+        """The column signs that the diagonal of torch's raw matrix stands for."""
+        return torch.where(X.detach().diagonal(dim1=-2, dim2=-1) > 0, -1, 1).to(X.dtype)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Raw and base point for an orthogonal `value`; of any other, its Q factor."""
@@ -52,7 +55,7 @@ class _Orthogonal(TransformModule):
                 f"Got a tensor of shape {value.shape}."
             )
         value = value.detach()
-        if "base" in self._buffer_of:
+        if self.trivialized:
             self.base = self._base_for(value)
             return _with_diagonal(torch.zeros_like(value), -1)
         if not self.householder:
@@ -123,11 +126,11 @@ def orthogonal(
         )
     if weight.is_complex() and orthogonal_map == "householder":
         raise ValueError("The householder parametrization does not support complex tensors.")
-    part = _Orthogonal(Orthogonal(orthogonal_map, use_trivialization), weight.shape)
+    part = OrthogonalModule(Orthogonal(orthogonal_map, use_trivialization), weight.shape)
     return register_parametrization(module, name, part, unsafe=True)
 
 
-class _WeightNorm(TransformModule):
+class WeightNormModule(TransformModule):
     """WeightNorm, with a magnitude of no dimension where there is one for the whole tensor."""
 
     def __init__(self, dim: int | None) -> None:
@@ -148,9 +151,7 @@ class _WeightNorm(TransformModule):
                 state_dict[f"{prefix}parametrizations.{name}.original{i}"] = state_dict.pop(key)
 
 
-def weight_norm(
-    module: nn.Module, name: str = "weight", dim: int | None = 0
-) -> nn.Module:
+def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
     """Train the length and the direction of a weight separately.
 
     Args:
@@ -165,7 +166,7 @@ def weight_norm(
         >>> weight_norm(torch.nn.Linear(3, 5)).parametrizations.weight.original0.shape
         torch.Size([5, 1])
     """
-    part = _WeightNorm(None if dim == -1 else dim)
+    part = WeightNormModule(None if dim == -1 else dim)
     return register_parametrization(module, name, part, unsafe=True)
 
 

@@ -1,0 +1,82 @@
+"""Reading and registering: funcparam.compat beside torch's own module, in one run."""
+
+import statistics
+import time
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations as torch_parametrizations
+from torch.nn.utils import parametrize as torch_parametrize
+
+from funcparam.compat import parametrizations, parametrize
+
+
+class Double(nn.Module):
+    def forward(self, X):
+        return 2 * X
+
+
+def once(function, repeats):
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
+
+
+def compare(label, theirs, ours, repeats):
+    """The medians of interleaved rounds, so that a busy machine slows both."""
+    rounds = [(once(theirs, repeats), once(ours, repeats)) for _ in range(15)]
+    a, b = (statistics.median(times) for times in zip(*rounds, strict=True))
+    ratio = statistics.median(b / a for a, b in rounds)
+    print(f"{label:34} torch {a * 1e6:9.2f} us   compat {b * 1e6:9.2f} us   ratio {ratio:5.2f}")
+
+
+def reading(label, register):
+    def layer(api, functions):
+        torch.manual_seed(0)
+        return register(api, functions, nn.Linear(64, 64))
+
+    a = layer(torch_parametrize, torch_parametrizations)
+    b = layer(parametrize, parametrizations)
+    compare(f"read {label}", lambda: a.weight, lambda: b.weight, 300)
+
+
+def registering(label, register):
+    modules = [nn.Linear(8, 8) for _ in range(100)]
+
+    def both(api, functions):
+        for module in modules:
+            register(api, functions, module)
+        for module in modules:
+            api.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+    def of(api, functions):
+        def run():
+            both(api, functions)
+
+        return run
+
+    compare(
+        f"register and remove 100 {label}",
+        of(torch_parametrize, torch_parametrizations),
+        of(parametrize, parametrizations),
+        2,
+    )
+
+
+def main():
+    torch.set_num_threads(1)
+    kinds = {
+        "a module": lambda api, _, m: api.register_parametrization(m, "weight", Double()),
+        "orthogonal": lambda _, functions, m: functions.orthogonal(m),
+        "weight_norm": lambda _, functions, m: functions.weight_norm(m),
+        "spectral_norm": lambda _, functions, m: functions.spectral_norm(m),
+    }
+    for label, register in kinds.items():
+        reading(label, register)
+    for label, register in kinds.items():
+        registering(label, register)
+
+
+if __name__ == "__main__":
+    main()
