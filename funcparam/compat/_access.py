@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from funcparam.compat import _cache, _private
+from funcparam.compat import _cache, _loan, _private
 
 _EXCHANGED = "_funcparam_exchanged"
 _HANDED_OUT = "_funcparam_handed_out"
@@ -35,8 +34,18 @@ def read(module: nn.Module, name: str) -> Tensor:
     resetting = own.get(_RESETTING)
     if resetting is not None and name in resetting:
         return resetting[name][0]
-    value = _cache.evaluate(_list(module, name))
-    if resetting is not None:
+    held = _list(module, name)
+    if torch.compiler.is_compiling():
+        return _cache.evaluate(held)
+    loans: dict[str, _loan.Loan | None] = own.setdefault(_HANDED_OUT, {})
+    last = loans.get(name)
+    if last is not None and last.is_written(held):
+        del loans[name]
+        raise _loan.refuse_written(module, name)
+    value = _cache.evaluate(held)
+    if resetting is None:
+        loans[name] = _loan.lend(value, held)
+    else:
         resetting[name] = value, value.detach().clone()
     return value
 
@@ -51,8 +60,18 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
     before = _private.value_in_exchange(depth=2)
     if before is None:
         cast("Any", _list(module, name)).right_inverse(value)
+        forget(module, name)
     else:
         _exchange(module, name, before, value)
+
+
+def forget(module: nn.Module, name: str) -> None:
+    """Stop watching the value that was handed out last."""
+    loans = vars(module).get(_HANDED_OUT)
+    if loans is not None:
+        loans.pop(name, None)
+        if not loans:
+            del vars(module)[_HANDED_OUT]
 
 
 @torch.compiler.disable(

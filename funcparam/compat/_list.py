@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from funcparam.compat import _private
 from funcparam.compat._adapter import TransformModule, as_module
-from funcparam.compat._tensors import all_or_nothing, put, register
+from funcparam.compat._tensors import put, register
 
 
 class ParametrizationList(nn.ModuleList):
@@ -24,7 +24,7 @@ class ParametrizationList(nn.ModuleList):
         unsafe: whether the value may differ from `original` in dtype and shape.
 
     Raises:
-        ValueError: the parametrizations do not fit the tensor. It is left as it was.
+        ValueError: the parametrizations do not fit the tensor.
     """
 
     original: Tensor
@@ -41,17 +41,16 @@ class ParametrizationList(nn.ModuleList):
         self.unsafe = unsafe
         self._stepped: tuple[tuple[ref[Tensor], int], ...] = ()
         shape, dtype = original.shape, original.dtype
-        with all_or_nothing(self, original):
-            raw = self._raw_for(original)
-            self.is_tensor = isinstance(raw, Tensor)
-            self.ntensors = 1 if isinstance(raw, Tensor) else len(raw)
-            if isinstance(raw, Tensor):
-                self._hold_one(original, raw)
-            else:
-                self._hold_many(original, raw)
-            if not unsafe:
-                _check_registration(self(), shape, dtype)
-            self._stepped = ()  # the check is no training step
+        raw = self._raw_for(original)
+        self.is_tensor = isinstance(raw, Tensor)
+        self.ntensors = 1 if isinstance(raw, Tensor) else len(raw)
+        if isinstance(raw, Tensor):
+            self._hold_one(original, raw)
+        else:
+            self._hold_many(original, raw)
+        if not unsafe:
+            _check_registration(self(), shape, dtype)
+        self._stepped = ()  # the check is no training step
 
     def _raw_for(self, value: Tensor) -> Tensor | Sequence[Any]:
         """The right inverse of `value`, where a missing one is taken for the identity."""
@@ -170,44 +169,47 @@ class ParametrizationList(nn.ModuleList):
         if torch.jit.is_scripting():
             raise RuntimeError("Parametrization is not working with scripting.")
         raw = self.raw()
-        again = self._was_stepped(raw)
+        evolves = False
         x: Any = raw
         for key, part in self._modules.items():
             if not key.isdigit():
                 continue
-            call = part.again if again and isinstance(part, TransformModule) else part
-            x = call(*x) if x is raw else call(x)  # pyright: ignore[reportOptionalCall]
+            call: Any = part
+            if isinstance(part, TransformModule) and part.evolves and part.training:
+                evolves = True
+                if self._was_stepped(raw):
+                    call = part.again
+            x = call(*raw) if x is raw else call(x)
+        if evolves:
+            self._remember(raw)
         return x
 
     def raw(self) -> tuple[Any, ...]:
         """The raw tensors in order."""
         if self.is_tensor:
-            return (self.original,)
-        return tuple(getattr(self, f"original{i}") for i in range(self.ntensors))
+            original = self._parameters.get("original")
+            return (self.original if original is None else original,)
+        return tuple([getattr(self, f"original{i}") for i in range(self.ntensors)])
 
     def _was_stepped(self, raw: tuple[Any, ...]) -> bool:
-        """Whether what evolves took its step for these raw tensors; from now on, it did.
+        """Whether what evolves took its step for these raw tensors.
 
         A step is due once for each change of raw, not for each read. In a trace no version can be
         read, and under a `torch.func` transform nothing can be remembered: each read is a step.
         """
-        if not self.training or torch.compiler.is_compiling() or not self._evolves():
+        if torch.compiler.is_compiling() or len(self._stepped) != len(raw):
             return False
-        last = self._stepped
-        if len(last) == len(raw) and all(
+        return all(
             seen() is tensor and version == _private.version(tensor)
-            for (seen, version), tensor in zip(last, raw, strict=True)
-        ):
-            return True
+            for (seen, version), tensor in zip(self._stepped, raw, strict=True)
+        )
+
+    def _remember(self, raw: tuple[Any, ...]) -> None:
+        """What evolves took its step for these raw tensors."""
+        if torch.compiler.is_compiling() or self._was_stepped(raw):
+            return
         if all(isinstance(tensor, Tensor) and _private.is_plain(tensor) for tensor in raw):
             self._stepped = tuple((ref(tensor), _private.version(tensor)) for tensor in raw)
-        return False
-
-    def _evolves(self) -> bool:
-        return any(
-            isinstance(part, TransformModule) and part.training and part.evolves
-            for part in self._modules.values()
-        )
 
     def _parts(self) -> list[nn.Module]:
         return [part for key, part in self._modules.items() if key.isdigit() and part is not None]

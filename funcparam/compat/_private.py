@@ -82,6 +82,8 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is a tensor with a version, outside of all transforms and traces."""
     if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
         return False
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return False
     return not tensor.is_inference() and torch.func.debug_unwrap(tensor) is tensor
 
 

@@ -37,15 +37,19 @@ def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Iterator[None]:
     Everything that lies under `module.parametrizations` belongs to it.
     """
     before = [(part, _Snapshot(part)) for part in _parts(module)]
-    aliases = [(tensor, tensor.detach(), tensor.requires_grad) for tensor in tensors]
+    evolving = [t for part, _ in before if getattr(part, "evolves", False) for t in part.buffers()]
+    copies = [(buffer, buffer.clone()) for buffer in evolving]
+    aliases = [(tensor, tensor.detach()) for tensor in tensors]
     try:
         yield
     except BaseException:
         for part, snapshot in before:
             snapshot.restore(part)
-        for tensor, alias, requires_grad in aliases:
+        for tensor, alias in aliases:
             _restore(tensor, alias)
-            tensor.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for buffer, copy in copies:
+                buffer.copy_(copy)
         raise
 
 
@@ -54,9 +58,13 @@ class _Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self.type = type(module)
-        self.attributes = dict(vars(module))
-        tables: list[Any] = [v for v in self.attributes.values() if isinstance(v, (dict, set))]
-        self.tables = [(table, table.copy()) for table in tables]
+        self.attributes = vars(module).copy()
+        # most tables are empty, and need no copy
+        self.tables: list[tuple[Any, Any]] = [
+            (table, table.copy() if table else ())
+            for table in self.attributes.values()
+            if isinstance(table, (dict, set))
+        ]
 
     def restore(self, module: nn.Module) -> None:
         module.__class__ = self.type

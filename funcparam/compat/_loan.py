@@ -1,0 +1,75 @@
+"""Noticing that someone writes into a computed value, which changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from funcparam.compat import _private
+
+
+class Loan:
+    """A value that was handed out, watched until it is gone.
+
+    The alias shares the value's version counter but not its graph, and goes when the value goes.
+    """
+
+    __slots__ = ("_alias", "_node", "_value", "_version", "written")
+
+    def __init__(self, value: Tensor) -> None:
+        self._alias: Tensor | None = value.detach()
+        self._version = _private.version(value)
+        self._node = value.grad_fn
+        self.written = False
+        self._value: ref[Tensor] | None = ref(value, self._end)
+
+    def _end(self, _: object) -> None:
+        self.written = self._alias is not None and self._changed(self._alias)
+        self._alias = self._node = self._value = None
+
+    def _changed(self, tensor: Tensor) -> bool:
+        return _private.version(tensor) != self._version
+
+    def is_written(self, held: nn.Module) -> bool:
+        """Whether the value was written to, in place and behind autograd's back."""
+        value = self._value and self._value()
+        if value is None:
+            return self.written
+        if not self._changed(value) or value.grad_fn is not self._node:
+            return False
+        return not _is_held(value, held)  # a view of raw is written to rightly
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
+def lend(value: Tensor, held: nn.Module) -> Loan | None:
+    """Watch `value`, unless it is raw itself or belongs to a transform or a trace."""
+    if value.__class__ is not Tensor or value.is_meta or torch.is_inference_mode_enabled():
+        return None
+    if not _private.is_plain(value):
+        return None
+    if value.grad_fn is None and _is_held(value, held):
+        return None
+    return Loan(value)
+
+
+def _is_held(value: Tensor, held: nn.Module) -> bool:
+    storage = value.untyped_storage().data_ptr()
+    return any(
+        not _private.is_plain(tensor) or tensor.untyped_storage().data_ptr() == storage
+        for tensor in (*held.parameters(), *held.buffers())
+    )
+
+
+def refuse_written(module: nn.Module, name: str) -> RuntimeError:
+    """What to say about it."""
+    return RuntimeError(
+        f"the value of the parametrized '{name}' of {type(module).__name__} was written to in"
+        " place, which changes nothing: it is computed from raw tensors each time it is read."
+        f" Assign instead: module.{name} = torch.nn.init.orthogonal_(torch.empty_like(module."
+        f"{name})). For a change that is meant to be local, write to a clone"
+    )
