@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms import (
+    Cat,
     Chain,
     CholeskyFactor,
     CorrelationCholesky,
@@ -33,6 +34,7 @@ from funcparam.transforms import (
     SpecialOrthogonal,
     SpectralNorm,
     StableDiagonal,
+    Stack,
     Symmetric,
     Transform,
     Triangular,
@@ -295,6 +297,49 @@ CASES = [
     Case(Mask(), ANY, _some_zeros, complex=True, log_det=lambda x: x[_some_zeros(x) != 0]),
     Case(LoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2)), complex=True),
     Case(Frozen(), ANY, complex=True),
+    Case(
+        StableDiagonal(),
+        ((4,), (2, 3)),
+        lambda x: _complex_of_pairs(x if x.is_complex() else torch.complex(x, x.flip(-1))),
+        complex=True,
+        log_det=lambda x: x,
+        free_of_value=torch.view_as_real,
+    ),
+    Case(
+        Cat([Positive(), Interval(-2, 0.5)], lengths=(1, 2)),
+        ((3, 4), (3,)),
+        lambda x: torch.cat([x[:1].exp(), x[1:].sigmoid() * 2.4 - 1.95]),
+        log_det=lambda x: x,
+        free_of_value=lambda w: w,
+    ),
+    Case(
+        Cat([Orthogonal("cayley"), SpectralNorm(), Frozen()], dim=-1),
+        ((3, 9), (4, 6)),
+        lambda x: torch.cat(
+            [
+                f(piece)
+                for f, piece in zip(
+                    [_numpy(_q_factor), _numpy(_unit_spectral_norm), torch.clone],
+                    x.chunk(3, -1),
+                    strict=True,
+                )
+            ],
+            dim=-1,
+        ),
+        complex=True,
+    ),
+    Case(
+        Stack([Symmetric(), PositiveDefinite()]),
+        ((2, 3, 3),),
+        lambda x: torch.stack([x[0] + x[0].mT, x[1] @ x[1].mT / 4 + torch.eye(3, dtype=x.dtype)]),
+        log_det=lambda x: torch.cat(
+            [
+                x[:9].reshape(3, 3).mT[torch.ones(3, 3).tril() == 1],
+                _lower_entries(x[9:].reshape(3, 3)),
+            ]
+        ),
+        free_of_value=_lower_entries,
+    ),
     Case(transform(triple, third), ANY, complex=True, log_det=None),
     Case(Chain(WeightNorm(), Symmetric()), SQUARE[:1], lambda x: x + x.mT),
     Case(

@@ -2,8 +2,10 @@
 
 from funcparam.transforms._base import AnyTransform, Raw, State, Transform
 from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
+from funcparam.transforms._cat import Cat, Stack
 from funcparam.transforms._chain import Chain
 from funcparam.transforms._cholesky import CholeskyFactor, PositiveDefinite
+from funcparam.transforms._constraints import from_constraint
 from funcparam.transforms._correlation import CorrelationCholesky
 from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._function import transform
@@ -25,6 +27,7 @@ from funcparam.transforms._triangular import Triangular
 
 __all__ = [
     "AnyTransform",
+    "Cat",
     "Chain",
     "CholeskyFactor",
     "CorrelationCholesky",
@@ -45,6 +48,7 @@ __all__ = [
     "SpecialOrthogonal",
     "SpectralNorm",
     "StableDiagonal",
+    "Stack",
     "State",
     "Symmetric",
     "Transform",
@@ -52,6 +56,7 @@ __all__ = [
     "UnitNorm",
     "UpperBound",
     "WeightNorm",
+    "from_constraint",
     "full_precision",
     "transform",
 ]
