@@ -117,7 +117,7 @@ def _lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _take(held: nn.Module) -> _Found:
-    parts = [part for part in cast("nn.ModuleList", held)]
+    parts = list(cast("nn.ModuleList", held))
     raws = _raws(held)
     if len(parts) == 1 and isinstance(parts[0], TransformModule):
         direct = from_torch_names(parts[0], raws)

@@ -1,0 +1,23 @@
+"""Programs on libraries that use torch's parametrizations, unchanged, under the runner."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = sorted((Path(__file__).parent / "third_party").glob("*.py"))
+
+
+def losses(*command):
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [float(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_it_trains_as_with_torch(program):
+    expected = losses(program)
+    assert len(expected) >= 4
+    assert expected[-2] < expected[0]
+    assert losses("-m", "funcparam.compat", program) == pytest.approx(expected, rel=1e-4, abs=1e-6)
