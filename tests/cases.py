@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms import (
+    BlockDiagonal,
     Cat,
     Chain,
     CholeskyFactor,
+    Circulant,
     CorrelationCholesky,
     Frozen,
     Identity,
     Interval,
+    Kronecker,
     LoRA,
     LowerBound,
+    LowRank,
     Mask,
     Ordered,
     Orthogonal,
@@ -36,6 +40,7 @@ from funcparam.transforms import (
     StableDiagonal,
     Stack,
     Symmetric,
+    Toeplitz,
     Transform,
     Triangular,
     UnitNorm,
@@ -152,6 +157,48 @@ def _lower_entries(x: Tensor) -> Tensor:
 
 def _below_diagonal(x: Tensor) -> Tensor:
     return x[torch.ones_like(x).tril(-1) == 1]
+
+
+def _low_rank(rank: int) -> Callable[[Any], Any]:
+    def nearest(m):
+        u, s, vh = scipy.linalg.svd(m, full_matrices=False)
+        return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+    return nearest
+
+
+def _circulant(m):
+    n = len(m)
+    means = [sum(m[(j + k) % n, j] for j in range(n)) / n for k in range(n)]
+    return scipy.linalg.circulant(means)
+
+
+def _toeplitz(m):
+    rows, columns = m.shape
+    column = [m.diagonal(-k).mean() for k in range(rows)]
+    return scipy.linalg.toeplitz(column, [m.diagonal(k).mean() for k in range(columns)])
+
+
+def _block_diagonal(blocks: int) -> Callable[[Any], Any]:
+    def nearest(m):
+        rows = enumerate(np.split(m, blocks))
+        return scipy.linalg.block_diag(*(np.split(row, blocks, axis=1)[i] for i, row in rows))
+
+    return nearest
+
+
+def _kronecker(p: int, q: int) -> Callable[[Any], Any]:
+    """The nearest Kronecker product, by the best rank 1 of one row for each block."""
+
+    def nearest(m):
+        b, c = m.shape[0] // p, m.shape[1] // q
+        blocks = [
+            m[i * b : i * b + b, j * c : j * c + c].ravel() for i in range(p) for j in range(q)
+        ]
+        u, s, vh = scipy.linalg.svd(np.array(blocks), full_matrices=False)
+        return np.kron(s[0] * u[:, 0].reshape(p, q), vh[0].reshape(b, c))
+
+    return nearest
 
 
 def triple(raw: Tensor) -> Tensor:
@@ -296,6 +343,19 @@ CASES = [
     Case(Interval(-2, 0.5), ANY, lambda x: x.sigmoid() * 2.4 - 1.95, log_det=lambda x: x),
     Case(Mask(), ANY, _some_zeros, complex=True, log_det=lambda x: x[_some_zeros(x) != 0]),
     Case(LoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2)), complex=True),
+    *(
+        Case(transform, shapes, _numpy(nearest), _numpy(nearest), complex=True)
+        for transform, shapes, nearest in (
+            (LowRank(2), ((4, 4), (5, 3), (3, 5), (2, 4, 3)), _low_rank(2)),
+            (LowRank(1), ((1, 1), (1, 3)), _low_rank(1)),
+            (Circulant(), SQUARE, _circulant),
+            (Toeplitz(), MATRICES, _toeplitz),
+            (BlockDiagonal(2), ((4, 4), (6, 2), (2, 4), (3, 2, 4)), _block_diagonal(2)),
+            (BlockDiagonal(1), ((1, 1), (2, 3)), _block_diagonal(1)),
+            (Kronecker((2, 3)), ((4, 6), (2, 6), (4, 3), (2, 6, 6)), _kronecker(2, 3)),
+            (Kronecker((1, 1)), ((1, 1), (2, 3)), _kronecker(1, 1)),
+        )
+    ),
     Case(Frozen(), ANY, complex=True),
     Case(
         StableDiagonal(),

@@ -11,6 +11,7 @@ from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._function import transform
 from funcparam.transforms._identity import Identity
 from funcparam.transforms._lora import LoRA
+from funcparam.transforms._low_rank import LowRank
 from funcparam.transforms._mask import Mask
 from funcparam.transforms._norm import WeightNorm
 from funcparam.transforms._ordered import Ordered
@@ -22,19 +23,24 @@ from funcparam.transforms._simplex import Simplex
 from funcparam.transforms._spectral import SpectralNorm
 from funcparam.transforms._sphere import UnitNorm
 from funcparam.transforms._stable import StableDiagonal
+from funcparam.transforms._structured import BlockDiagonal, Circulant, Kronecker, Toeplitz
 from funcparam.transforms._symmetric import Skew, Symmetric
 from funcparam.transforms._triangular import Triangular
 
 __all__ = [
     "AnyTransform",
+    "BlockDiagonal",
     "Cat",
     "Chain",
     "CholeskyFactor",
+    "Circulant",
     "CorrelationCholesky",
     "Frozen",
     "Identity",
     "Interval",
+    "Kronecker",
     "LoRA",
+    "LowRank",
     "LowerBound",
     "Mask",
     "Ordered",
@@ -51,6 +57,7 @@ __all__ = [
     "Stack",
     "State",
     "Symmetric",
+    "Toeplitz",
     "Transform",
     "Triangular",
     "UnitNorm",

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from funcparam.transforms._base import State, Transform, expect_matrix, largest
+from funcparam.transforms._linalg import linalg
+from funcparam.transforms._precision import full_precision
+
+
+@final
+@dataclass(frozen=True)
+class LowRank(Transform[Mapping[str, Tensor]]):
+    r"""Matrices of at most a given rank, as a product of two thin ones.
+
+    $$W = B A$$
+
+    For a value of shape `(..., m, n)` raw is `{"A": (..., rank, n), "B": (..., m, rank)}`. Real
+    and complex. A value of at most this rank is kept; any other goes to the nearest one in the
+    Frobenius norm, its truncated singular value decomposition `U S V^H`. Both factors take the
+    square root of `S`. Where a singular value is 0, `A` gets a row of ordinary length and `B`
+    zeros: with zeros in both nothing would train.
+
+    Args:
+        rank: the inner dimension, positive.
+
+    Raises:
+        ValueError: `rank` is not positive; at `fp.parametrize`, if the value has fewer than two
+            dimensions or `rank` exceeds one of the matrix's.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import LowRank
+        >>> raw, state = LowRank(rank=1).right_inverse(torch.diag(torch.tensor([4.0, 1.0])))
+        >>> LowRank(rank=1).forward(raw, state)
+        tensor([[4., 0.],
+                [0., 0.]])
+
+    Source: Eckart and Young, Psychometrika 1 (1936); geotorch's `LowRank` has the same image.
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank <= 0:
+            raise ValueError(f"LowRank expects a positive rank; got {self.rank}")
+
+    @full_precision
+    def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        return raw["B"] @ raw["A"]
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Mapping[str, Tensor], State]:
+        A, B = balanced_factors(value, self.rank)
+        return {"A": A, "B": B}, {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest singular value beyond `rank`."""
+        return singular_value(value, self.rank)
+
+    def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        raise NotImplementedError(
+            f"{self!r} has no log_abs_det_jacobian: the factors are not unique, so the Jacobian"
+            " is singular"
+        )
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_matrix(self, value)
+        if self.rank > min(value.shape[-2:]):
+            raise ValueError(
+                f"{self!r} expects a matrix with both sides at least {self.rank};"
+                f" got shape {tuple(value.shape)}"
+            )
+
+
+def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`A, B` such that `B @ A` is the nearest matrix of `rank`, each with half of its length."""
+    U, spectrum, Vh = cast("tuple[Tensor, Tensor, Tensor]", linalg.svd(matrix, full_matrices=False))
+    top, S = spectrum[..., :1], spectrum[..., :rank]
+    noise = max(matrix.shape[-2:]) * torch.finfo(S.dtype).eps * top
+    length = torch.where(noise < S, S, torch.where(top > 0, top, 1)).sqrt()
+    A = length.unsqueeze(-1) * Vh[..., :rank, :]
+    B = U[..., :rank] * (S / length).unsqueeze(-2)
+    return A, B
+
+
+def singular_value(matrix: Tensor, index: int) -> Tensor:
+    """The largest over a batch of the singular values at `index`, counted from 0 at the top."""
+    spectrum: Tensor = linalg.svdvals(matrix)
+    return largest(pad(spectrum, (0, 1))[..., index])
