@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +25,7 @@ class _Exchange(NamedTuple):
 
 def read(module: nn.Module, name: str) -> Tensor:
     """The value of a parametrized tensor."""
-    if torch.jit.is_scripting():
+    if _private.is_scripting():
         raise RuntimeError("Parametrization is not working with scripting.")
     own = vars(module)
     exchanged = own.get(_EXCHANGED)
@@ -52,7 +52,7 @@ def read(module: nn.Module, name: str) -> Tensor:
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
     """Set raw to the right inverse of `value`; what `functional_call` assigns is used as it is."""
-    if torch.jit.is_scripting():
+    if _private.is_scripting():
         raise RuntimeError("Parametrization is not working with scripting.")
     if torch.compiler.is_compiling():
         _assign_uncompiled(module, name, value)
@@ -74,7 +74,7 @@ def forget(module: nn.Module, name: str) -> None:
             del vars(module)[_HANDED_OUT]
 
 
-@torch.compiler.disable(
+@torch.compiler.disable(  # pyright: ignore[reportUntypedFunctionDecorator]
     reason="a parametrized tensor is assigned to. If this is torch.func.functional_call, pass the"
     " raw tensors instead, 'parametrizations.weight.original' in place of 'weight'"
 )
@@ -94,7 +94,7 @@ def _exchange(module: nn.Module, name: str, before: object, value: Tensor) -> No
 
 
 @contextmanager
-def writing_back(module: nn.Module) -> Iterator[None]:
+def writing_back(module: nn.Module) -> Generator[None]:
     """Hand out one value for each name; where it was written to, raw follows at the end."""
     if _RESETTING in vars(module):  # reset_parameters that calls the other one
         yield

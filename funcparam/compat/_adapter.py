@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,9 +120,9 @@ def as_module(parametrization: object) -> nn.Module:
     if isinstance(parametrization, nn.Module):
         return parametrization
     if isinstance(parametrization, Transform):
-        return TransformModule(parametrization)
+        return TransformModule(cast("AnyTransform", parametrization))
     if callable(parametrization) and not isinstance(parametrization, type):
-        return FunctionModule(parametrization)
+        return FunctionModule(cast("Callable[..., Tensor]", parametrization))
     hint = "; call it first" if isinstance(parametrization, type) else ""
     raise TypeError(
         "a parametrization is expected to be an nn.Module, a funcparam transform or a function;"

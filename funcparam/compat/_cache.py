@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from threading import local
 from typing import NamedTuple, cast
@@ -33,7 +33,7 @@ _SCOPE = _Scope()
 
 
 @contextmanager
-def cached() -> Iterator[None]:
+def cached() -> Generator[None]:
     """Compute each parametrized tensor once inside the block, while nothing it depends on changes.
 
     The block belongs to the thread that entered it. A value is computed anew when one of
@@ -68,7 +68,7 @@ def evaluate(parametrization: nn.Module) -> Tensor:
     entries = _SCOPE.traced if torch.compiler.is_compiling() else _SCOPE.eager
     if entries is None:
         return cast("Tensor", parametrization())
-    if torch.jit.is_tracing():
+    if _private.is_jit_tracing():
         raise RuntimeError("Cannot trace a model while caching parametrizations.")
     entry = entries.get(id(parametrization))
     if entry is not None and _is_current(entry, parametrization):

@@ -9,7 +9,6 @@ from threading import RLock
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-import torch
 from torch import Tensor, nn
 
 from funcparam.compat import _access, _private
@@ -93,7 +92,7 @@ def _writing_back(cls: type, name: str) -> Callable[..., Any]:
 
     def reset(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _access.writing_back(self):
-            return getattr(super(cls, self), name)(*args, **kwargs)
+            return getattr(cast("Any", super(cls, self)), name)(*args, **kwargs)
 
     reset.__name__ = name
     return reset

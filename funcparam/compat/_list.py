@@ -33,7 +33,7 @@ class ParametrizationList(nn.ModuleList):
         self,
         modules: Sequence[nn.Module],
         original: Tensor,
-        unsafe: bool = False,  # noqa: FBT001, FBT002
+        unsafe: bool = False,  # noqa: FBT001
     ) -> None:
         if len(modules) == 0:
             raise ValueError("ParametrizationList requires one or more modules.")
@@ -166,7 +166,7 @@ class ParametrizationList(nn.ModuleList):
 
     def forward(self) -> Tensor:
         """Compute the value from the raw tensors."""
-        if torch.jit.is_scripting():
+        if _private.is_scripting():
             raise RuntimeError("Parametrization is not working with scripting.")
         raw = self.raw()
         evolves = False
@@ -212,7 +212,7 @@ class ParametrizationList(nn.ModuleList):
             self._stepped = tuple((ref(tensor), _private.version(tensor)) for tensor in raw)
 
     def _parts(self) -> list[nn.Module]:
-        return [part for key, part in self._modules.items() if key.isdigit() and part is not None]
+        return [part for key, part in self._modules.items() if key.isdigit()]
 
 
 def _like(original: Tensor, element: Tensor) -> Tensor:

@@ -33,6 +33,16 @@ _IS_WRAPPER = _find("torch.utils._python_dispatch.is_traceable_wrapper_subclass"
 _SWAP = _find("torch.nn.utils._named_member_accessor.swap_tensor")
 
 
+def is_scripting() -> bool:
+    """Whether TorchScript compiles this."""
+    return bool(torch.jit.is_scripting())  # pyright: ignore[reportPrivateImportUsage]
+
+
+def is_jit_tracing() -> bool:
+    """Whether `torch.jit.trace` runs."""
+    return bool(torch.jit.is_tracing())  # pyright: ignore[reportPrivateImportUsage]
+
+
 def is_opaque(thing: object) -> bool:
     """Whether `thing` is one of the objects that torch takes in a graph like a tensor."""
     return _OPAQUE is not _MISSING and isinstance(thing, _OPAQUE)

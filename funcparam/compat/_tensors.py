@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ def put(dest: Tensor, src: Tensor) -> None:
 
 
 @contextmanager
-def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Iterator[None]:
+def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Generator[None]:
     """Leave the module as it was if the block fails: class, hooks, tables and `tensors`.
 
     Everything that lies under `module.parametrizations` belongs to it.

@@ -1,0 +1,551 @@
+"""Known problems of torch's module: each test shows torch's failing and compat passing.
+
+Where torch's failure is not stable enough to assert, the test shows compat's side only.
+"""
+
+import copy
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
+from torch.optim.swa_utils import AveragedModel
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from tests.compat.parts import BOTH, Double, Symmetric, api, functions
+
+RAW = "parametrizations.weight.original"
+
+
+@pytest.fixture(params=["torch", "compat"])
+def both(request):
+    """The two implementations; `right` says whether the problem has to be gone."""
+    register, functions_ = BOTH[request.param]
+    return register, functions_, request.param == "compat"
+
+
+def linear(*shape, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return nn.Linear(*(shape or (3, 3)), **kwargs)
+
+
+def kernels():
+    """The three ready-made parametrizations of compat."""
+    return [functions.orthogonal, functions.weight_norm, functions.spectral_norm]
+
+
+def orthogonality(W):
+    tall = W if W.shape[-2] >= W.shape[-1] else W.mT
+    gram = (tall.mT @ tall).float()
+    return (gram - torch.eye(len(gram))).abs().max().item()
+
+
+@pytest.mark.parametrize("trivial", [True, False])
+def test_problem_2_householder_survives_weight_decay(both, trivial):
+    _, functions_, right = both
+    layer = functions_.orthogonal(linear(3, 5), "weight", "householder", use_trivialization=trivial)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        layer(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+    assert (orthogonality(layer.weight) < 1e-5) == right
+
+
+def test_problem_3_functional_call_uses_the_plain_name_as_it_is(both):
+    _, functions_, right = both
+    layer = functions_.orthogonal(linear())
+    W = torch.randn(3, 3, requires_grad=True)
+    x = torch.randn(2, 3)
+    functional_call(layer, {"weight": W}, (x,)).sum().backward()
+    assert (W.grad is not None) == right
+    assert (layer.parametrizations.weight.original.grad is None) == right
+
+
+class Shared(nn.Module):
+    """Calls its layer inside of a second functional_call."""
+
+    def __init__(self, layer, inner):
+        super().__init__()
+        self.layer, self.inner = layer, inner
+
+    def forward(self, x):
+        before = self.layer(x)
+        inside = functional_call(self.layer, {"weight": self.inner}, (x,))
+        assert torch.equal(self.layer(x), before)
+        return before, inside
+
+
+@pytest.mark.parametrize("function", kernels())
+def test_problem_3_nested_and_failing_calls_leave_the_module_alone(function):
+    layer = function(linear()).eval()
+    x, value = torch.randn(2, 3), layer.weight.detach().clone()
+    outer, inner = torch.randn(3, 3), torch.randn(3, 3)
+    before, inside = functional_call(Shared(layer, inner), {"layer.weight": outer}, (x,))
+    assert_close(before, x @ outer.T + layer.bias)
+    assert_close(inside, x @ inner.T + layer.bias)
+    assert torch.equal(layer.weight, value)
+    with pytest.raises(RuntimeError, match="shapes"):
+        functional_call(layer, {"weight": outer}, (torch.ones(2, 7),))
+    assert torch.equal(layer.weight, value)
+    assert "_funcparam_exchanged" not in vars(layer)
+    with api.cached():
+        same = functional_call(layer, {"weight": layer.weight}, (x,))
+    assert torch.equal(same, layer(x))
+    W = torch.randn(4, 3, 3)
+    batch = vmap(lambda w: functional_call(layer, {"weight": w}, (x,)))(W)
+    assert_close(batch[2], x @ W[2].T + layer.bias)
+    assert torch.equal(layer.weight, value)
+
+
+def test_problem_3_strict_refuses_the_plain_name():
+    with pytest.raises(RuntimeError, match="weight"):
+        functional_call(
+            functions.orthogonal(linear()),
+            {"weight": torch.eye(3)},
+            (torch.ones(1, 3),),
+            strict=True,
+        )
+
+
+def test_problem_3_in_a_compiled_graph_is_a_clear_error():
+    layer = functions.orthogonal(linear())
+    with pytest.raises(Exception, match="parametrizations.weight.original"):
+        torch.compile(
+            lambda w: functional_call(layer, {"weight": w}, (torch.ones(1, 3),)),
+            backend="eager",
+            fullgraph=True,
+        )(torch.eye(3))
+
+
+# problem 4: cached()
+
+
+def test_problem_4_another_raw_tensor_in_one_block(both):
+    register, _, right = both
+    layer = register.register_parametrization(linear(bias=False), "weight", Double())
+    x = torch.eye(3)
+    with register.cached():
+        a, b = (functional_call(layer, {RAW: torch.full((3, 3), v)}, (x,)) for v in (1.0, 2.0))
+    assert torch.equal(a, b) != right
+
+
+def test_problem_4_gradients_in_one_block(both):
+    register, _, right = both
+    layer = register.register_parametrization(linear(bias=False), "weight", Double())
+
+    def loss(raw):
+        return functional_call(layer, {RAW: raw}, (torch.eye(3),)).sum()
+
+    with register.cached():
+        first, second = (grad(loss)(torch.ones(3, 3) * v) for v in (1.0, 2.0))
+    assert_close(first, torch.full((3, 3), 2.0))
+    assert bool(second.any()) == right
+
+
+def test_problem_4_an_update_in_place(both):
+    register, _, right = both
+    layer = register.register_parametrization(linear(), "weight", Double())
+    with register.cached():
+        before = layer.weight
+        with torch.no_grad():
+            layer.parametrizations.weight.original.add_(1)
+        assert torch.equal(before, layer.weight) != right
+
+
+def test_problem_4_a_first_read_without_grad(both):
+    register, _, right = both
+    layer = register.register_parametrization(linear(), "weight", Double())
+    with register.cached():
+        with torch.no_grad():
+            _ = layer.weight
+        assert layer.weight.requires_grad == right
+
+
+def test_problem_4_another_thread(both):
+    register, _, right = both
+    layer = register.register_parametrization(linear(), "weight", Double())
+    seen = []
+    with register.cached():
+        here = layer.weight
+        thread = threading.Thread(target=lambda: seen.append(layer.weight))
+        thread.start()
+        thread.join()
+        assert here is layer.weight
+    assert (seen[0] is not here) == right
+
+
+def test_problem_4_vmap_leaks_nothing(both):
+    register, _, right = both
+    layer = register.register_parametrization(linear(bias=False), "weight", Double())
+    x = torch.eye(3)
+    with register.cached():
+        vmap(lambda raw: functional_call(layer, {RAW: raw}, (x,)))(torch.ones(2, 3, 3))
+        after = layer.weight
+    assert (torch.func.debug_unwrap(after) is after) == right
+
+
+def test_problem_4_export_leaks_nothing(both):
+    register, _, right = both
+    layer = register.register_parametrization(linear(), "weight", Double())
+    with register.cached():
+        torch.export.export(layer, (torch.ones(2, 3),), strict=False)
+        assert (type(layer.weight) is torch.Tensor) >= right
+
+
+def test_problem_4_a_block_that_is_never_left_gives_no_stale_value():
+    layer = api.register_parametrization(linear(), "weight", Double())
+    blocks = []
+
+    def forward(x):
+        blocks.append(api.cached())
+        blocks[-1].__enter__()
+        return layer(x)
+
+    checkpoint(forward, torch.ones(1, 3), use_reentrant=False).sum().backward()
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.add_(1)
+    assert_close(layer.weight, before + 2)
+    for block in blocks:
+        block.__exit__(None, None, None)
+
+
+def test_problem_4_the_cache_evaluates_once_and_holds_nothing():
+    calls = []
+    layer = api.register_parametrization(linear(), "weight", lambda X: calls.append(1) or 2 * X)
+    calls.clear()
+
+    with api.cached():
+        value = layer.weight
+        with api.cached():
+            assert layer.weight is value
+        assert layer.weight is value
+        layer.weight.sum().backward()
+        gone = weakref.ref(value)
+        del value
+        assert gone() is not None
+    assert gone() is None
+    assert len(calls) == 1
+    with pytest.raises(RuntimeError, match="inside"), api.cached():
+        raise RuntimeError("inside")
+    assert layer.weight is not layer.weight
+
+
+def test_problem_4_the_cache_in_a_compiled_graph():
+    cell = api.register_parametrization(linear(), "weight", Double())
+
+    def step(x):
+        with api.cached():
+            for _ in range(3):
+                x = cell(x)
+        return x
+
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(sum("mul" in node.name for node in graph.graph.nodes))
+        return graph
+
+    x = torch.ones(1, 3)
+    expected = step(x)
+    assert_close(torch.compile(step, backend=backend, fullgraph=True)(x), expected)
+    assert graphs == [1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_a_cached_model_is_torchs_error():
+    layer = api.register_parametrization(linear(), "weight", Double())
+    with pytest.raises(RuntimeError, match="Cannot trace a model while caching"), api.cached():
+        torch.jit.trace(layer, torch.ones(1, 3))
+
+
+def test_problem_5_reset_parameters_changes_the_weight(both):
+    _, functions_, right = both
+    layer = functions_.weight_norm(linear())
+    before = layer.weight.detach().clone()
+    torch.manual_seed(7)
+    layer.reset_parameters()
+    assert torch.equal(layer.weight, before) != right
+    if right:
+        assert_close(layer.weight.detach(), linear(seed=7).weight.detach())
+
+
+def test_problem_5_init_of_the_computed_value_is_refused(both):
+    _, functions_, right = both
+    layer = functions_.orthogonal(linear())
+    nn.init.xavier_uniform_(layer.weight)
+    if not right:
+        assert orthogonality(layer.weight) < 1e-5  # silently as before
+        return
+    with pytest.raises(RuntimeError, match="Assign instead"):
+        layer(torch.ones(1, 3))
+    with torch.no_grad():
+        layer.weight = nn.init.xavier_uniform_(torch.empty_like(layer.weight))
+    assert orthogonality(layer.weight) < 1e-5
+    local = layer.weight
+    local *= 2  # autograd sees it: a computation, not an initialisation
+    assert orthogonality(layer.weight) < 1e-5
+
+
+def test_problem_5_what_shares_memory_with_raw_may_be_written_to():
+    layer = api.register_parametrization(linear(), "weight", nn.Identity())
+    nn.init.ones_(layer.weight)
+    assert_close(layer.weight.detach(), torch.ones(3, 3))
+
+
+def test_problem_7_the_direction_is_the_parameter_an_optimizer_knows(both):
+    register, functions_, right = both
+    layer = linear()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    functions_.weight_norm(layer)
+    before = layer.weight.detach().clone()
+    layer(torch.ones(1, 3)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight, before) != right
+    if right:
+        known = layer.parametrizations.weight.original1
+        register.remove_parametrizations(layer, "weight")
+        assert layer.weight is known
+
+
+def test_problem_8_one_power_iteration_for_each_change_of_raw(both):
+    _, functions_, right = both
+    layer = functions_.spectral_norm(linear(5, 5))
+    a, b = layer.weight, layer.weight
+    assert torch.equal(a, b) == right
+    u = layer.parametrizations.weight[0]._u.clone()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.add_(torch.randn(5, 5))
+    _ = layer.weight
+    assert not torch.equal(u, layer.parametrizations.weight[0]._u)
+
+
+def test_problem_8_values_are_torchs_with_one_read_a_step():
+    traces = []
+    for _, functions_ in BOTH.values():
+        layer = functions_.spectral_norm(linear(4, 4))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 4)).square().sum().backward()
+            optimizer.step()
+        traces.append(layer.eval().weight.detach())
+    assert_close(*traces)
+
+
+def test_problem_10_copies_are_independent(both):
+    register, _, right = both
+    layer = register.register_parametrization(linear(), "weight", Double())
+    x = torch.ones(1, 3)
+    expected = layer(x)
+    register.remove_parametrizations(copy.deepcopy(layer), "weight")
+    try:
+        assert torch.equal(layer(x), expected)
+        fine = True
+    except AttributeError:
+        fine = False
+    assert fine == right
+    if right:
+        twin = copy.deepcopy(layer)
+        register.register_parametrization(twin, "bias", Double())
+        assert torch.equal(layer(x), expected)
+        register.remove_parametrizations(layer, "weight")
+        assert torch.equal(twin(x), expected)
+        average = AveragedModel(twin)
+        register.remove_parametrizations(average.module, "weight")
+        assert torch.equal(twin(x), expected)
+
+
+def test_problem_11_pickle_is_refused_while_parametrized_and_works_afterwards(both):
+    register, functions_, right = both
+    layer = functions_.weight_norm(linear())
+    with pytest.raises(RuntimeError, match="state_dict"):
+        pickle.dumps(layer)
+    _ = layer.weight
+    register.remove_parametrizations(layer, "weight")
+    try:
+        twin = pickle.loads(pickle.dumps(layer))
+        assert torch.equal(twin.weight, layer.weight)
+        fine = True
+    except (AttributeError, pickle.PicklingError):
+        fine = False
+    assert fine == right
+
+
+def test_problem_13_independently_built_modules_stack(both):
+    _, functions_, right = both
+    layers = [functions_.weight_norm(linear(seed=i)) for i in range(4)]
+    assert (len({type(layer) for layer in layers}) == 1) == right
+    try:
+        params, buffers = stack_module_state(layers)
+    except RuntimeError:
+        assert not right
+        return
+    x = torch.randn(2, 3)
+    out = vmap(lambda p, b: functional_call(layers[0], (p, b), (x,)))(params, buffers)
+    assert_close(out, torch.stack([layer(x) for layer in layers]))
+
+
+def test_problem_13_one_compile_serves_48_layers(both):
+    _, functions_, right = both
+    layers = [functions_.weight_norm(linear(seed=i)) for i in range(48 if right else 10)]
+    counter = CompileCounter()
+
+    def run(layer, x):
+        return layer(x)
+
+    compiled = torch.compile(run, backend=counter)
+    x = torch.ones(1, 3)
+    for layer in layers:
+        assert_close(compiled(layer, x), layer(x))
+    assert (counter.frame_count == 1) == right
+
+
+@pytest.mark.parametrize("function", kernels())
+def test_problem_13_modules_compile_whole(function):
+    layer = function(linear())
+    x = torch.ones(2, 3)
+    expected = copy.deepcopy(layer)(x)
+    assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
+    exported = torch.export.export(layer.eval(), (x,))
+    assert_close(exported.module()(x), layer(x))
+
+
+def test_problem_15_vmap_and_forward_mode(both):
+    _, functions_, right = both
+    layer = functions_.spectral_norm(linear().double())
+    raws = torch.randn(4, 3, 3, dtype=torch.float64)
+    x = torch.ones(1, 3, dtype=torch.float64)
+    u = layer.parametrizations.weight[0]._u.clone()
+
+    def loss(raw):
+        return functional_call(layer, {RAW: raw}, (x,)).square().sum()
+
+    try:
+        batch = vmap(loss)(raws)
+        jvp(loss, (raws[0],), (raws[1],))
+        hessian(loss)(raws[0])
+    except Exception:
+        assert not right
+        return
+    assert right
+    assert torch.equal(layer.parametrizations.weight[0]._u, u)
+    assert_close(grad(loss)(raws[0]), vmap(grad(loss))(raws)[0])
+    assert batch.shape == (4,)
+
+
+@pytest.mark.parametrize("function", kernels())
+@pytest.mark.parametrize("training", [True, False])
+def test_problem_15_all_transforms_of_all_three(function, training):
+    layer = function(linear().double()).train(training)
+    x = torch.ones(1, 3, dtype=torch.float64)
+    raw = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(raw):
+        return functional_call(layer, raw, (x,)).square().sum()
+
+    first = grad(loss)(raw)
+    _, forward = jvp(loss, (raw,), (first,))
+    assert_close(forward, sum((g * g).sum() for g in first.values()))
+    stacked = {name: torch.stack([t, t]) for name, t in raw.items()}
+    for name, g in vmap(grad(loss))(stacked).items():
+        assert_close(g[1], first[name])
+    twice = hessian(loss)(raw)
+    assert all(h.isfinite().all() for row in twice.values() for h in row.values())
+
+
+def test_problem_15_weight_norms_second_derivative(both):
+    _, functions_, right = both
+    layer = functions_.weight_norm(linear().double())
+    names = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+    raw = [dict(layer.named_parameters())[name].detach().requires_grad_() for name in names]
+
+    def value(g, v):
+        out = functional_call(
+            layer, dict(zip(names, (g, v), strict=True)), (torch.ones(1, 3, dtype=torch.float64),)
+        )
+        return out.square().sum()
+
+    fine = torch.autograd.gradgradcheck(value, raw, raise_exception=False)
+    assert fine == right
+
+
+def test_problem_16_one_evaluation_for_a_forward_of_rnn_and_attention(both):
+    register, _, _ = both
+    calls = []
+
+    class Count(nn.Module):
+        def forward(self, X):
+            calls.append(1)
+            return 2 * X
+
+    for net, name, inputs in (
+        (nn.LSTM(3, 3), "weight_hh_l0", (torch.ones(5, 1, 3),)),
+        (nn.MultiheadAttention(4, 2), "in_proj_weight", (torch.ones(5, 1, 4),) * 3),
+    ):
+        register.register_parametrization(net, name, Count())
+        calls.clear()
+        net(*inputs)
+        assert len(calls) > 1
+        calls.clear()
+        with register.cached():
+            net(*inputs)
+        assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("map_", ["matrix_exp", "cayley", "householder"])
+def test_problem_17_half_precision(dtype, map_):
+    layer = functions.orthogonal(linear(4, 4, dtype=dtype), orthogonal_map=map_)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.add_(torch.randn(4, 4).to(dtype))
+    assert layer.weight.dtype == dtype
+    assert orthogonality(layer.weight) < 0.03
+    full = functions.orthogonal(linear(4, 4), orthogonal_map=map_)
+    with torch.autocast("cpu"):
+        assert orthogonality(full.weight) < 1e-5
+
+
+def test_problem_18_meta_device(both):
+    register, functions_, right = both
+    try:
+        layer = functions_.orthogonal(nn.Linear(3, 5, device="meta"))
+    except Exception:
+        assert not right
+        return
+    assert right
+    assert layer.weight.shape == (5, 3)
+    for function in kernels():
+        layer = function(nn.Linear(3, 5, device="meta"))
+        expected = function(linear(3, 5))
+        layer.to_empty(device="cpu").load_state_dict(expected.state_dict())
+        assert_close(layer.eval().weight, expected.eval().weight)
+        layer.train()(torch.ones(1, 3)).sum().backward()
+        register.remove_parametrizations(layer, "weight")
+
+
+@pytest.mark.parametrize("given", [Double(), torch.tanh], ids=["module", "function"])
+def test_problem_23_a_missing_bias_and_a_plain_function(both, given):
+    register, _, right = both
+    with pytest.raises(Exception) as error:  # noqa: PT011
+        register.register_parametrization(linear(bias=False), "bias", given)
+    assert ("this module was built without it" in str(error.value)) == right
+    assert isinstance(error.value, ValueError) == right
+
+
+def test_problem_23_a_missing_bias_for_the_functions():
+    for function in kernels():
+        with pytest.raises(ValueError, match="built without it"):
+            function(linear(bias=False), "bias")
+
+
+def test_symmetric_without_right_inverse_is_refused_on_assignment_only():
+    layer = api.register_parametrization(linear(), "weight", Symmetric())
+    with pytest.raises(RuntimeError, match="does not implement right_inverse"):
+        layer.weight = torch.eye(3)
