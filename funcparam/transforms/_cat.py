@@ -31,7 +31,7 @@ class _Parts(Transform[Mapping[str, Tensor]]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
         pairs = [
-            part.right_inverse(piece, generator=generator)
+            part.right_inverse(piece.contiguous(), generator=generator)
             for part, piece in zip(self.parts, self._split(value), strict=True)
         ]
         return _merge([raw for raw, _ in pairs]), _merge([state for _, state in pairs])

@@ -57,7 +57,8 @@ class PSDLowRank(Transform[Tensor]):
     ) -> tuple[Tensor, State]:
         spectrum, vectors = cast("tuple[Tensor, Tensor]", linalg.eigh((value + value.mH) / 2))
         roots = spectrum[..., -self.rank :].clamp_min(0).sqrt()
-        return vectors[..., -self.rank :] * roots.unsqueeze(-2), {}
+        factor = vectors[..., -self.rank :] * roots.unsqueeze(-2)
+        return factor.contiguous(), {}  # LAPACK's columns are apart; optimizers flatten raw
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest of |W - W^H|, -eigenvalue, and |eigenvalue| beyond `rank`."""
