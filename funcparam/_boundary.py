@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from funcparam.transforms._base import AnyTransform, Raw, State
+from funcparam.transforms._base import AnyTransform, Raw, State, readable
 from funcparam.transforms._signature import (
     NamedSpecs,
     Signature,
@@ -71,13 +71,15 @@ def _fits(tensors: Any, layout: Layout) -> bool:
     return [(getattr(t, "shape", None), getattr(t, "dtype", None)) for t in tensors] == expected
 
 
-def looks_right(names: list[str], shapes: list[Any], raw: RawTree) -> bool:
-    """Whether names and plain shapes are as expected, in order; quick for thousands of leaves."""
-    return (
-        isinstance(raw, dict)
-        and list(raw) == names
-        and [getattr(tensor, "shape", None) for tensor in raw.values()] == shapes
-    )
+def looks_right(names: list[str], plain: list[Any], raw: RawTree) -> bool:
+    """Whether names are as expected, in order, and what passes through has its shapes and dtypes.
+
+    One comparison of lists: quick for thousands of leaves.
+    """
+    if not isinstance(raw, dict) or list(raw) != names:
+        return False
+    found = [(getattr(t, "shape", None), getattr(t, "dtype", None)) for t in raw.values()]
+    return found == plain
 
 
 def check_raw_tree(entries: Sequence[Entry], raw: RawTree) -> None:
@@ -131,17 +133,13 @@ def _check_state(entry: Entry, state: StateTree) -> None:
 
 def expect_finite(name: str, value: Tensor) -> None:
     """Raise for NaN and infinity, where the entries can be read."""
-    if value.is_meta or torch.func.debug_unwrap(value) is not value:
-        return
-    if not bool(torch.isfinite(value).all()):
+    if readable(value) and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name!r}: expected finite values; got NaN or infinity")
 
 
 def expect_tied(name: str, value: Tensor, alias: str, other: Tensor) -> None:
     """Raise unless two names of a tie have one value, where the entries can be read."""
-    if other is value or value.is_meta or torch.func.debug_unwrap(value) is not value:
-        return
-    if not torch.equal(value, other):
+    if other is not value and readable(value) and not torch.equal(value, other):
         raise ValueError(
             f"{name!r} and {alias!r} are tied in the parametrization; got two different tensors"
         )

@@ -70,6 +70,7 @@ class Parametrized(nn.Module):
     ) -> None:
         super().__init__()
         raw, state = p.init(net, generator=generator)
+        _expect_same_ties(net, p)
         self.parametrization = p
         self.raw = nn.Module()
         self.state = nn.Module()
@@ -85,13 +86,12 @@ class Parametrized(nn.Module):
                 for path, tensor in _paths(name, state.get(name, {})):
                     _place(self.state, path, tensor)
             else:
-                owner, local = leaf.owners[0]
-                persistent = local not in owner._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+                persistent = any(map(_is_persistent, leaf.owners))
                 _place(self.net_buffers, name, leaf.tensor.detach().clone(), persistent=persistent)
                 self._buffer_names |= dict.fromkeys(leaf.names, name)
         # Not a child: its tensors are placeholders that nobody should train, move or save.
         object.__setattr__(self, "net", _replaced(net, _to_meta))
-        self.train(net.training)
+        super().train(net.training)  # and each part of the network as it was
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with the parametrized values."""
@@ -103,8 +103,14 @@ class Parametrized(nn.Module):
         out = functional_call(self.net, bound, args, kwargs, tie_weights=False)
         for name, old in buffers.items():
             if bound[name] is not old:  # the network put another tensor in its buffer's place
-                old.copy_(bound[name])
+                _place(self.net_buffers, self._buffer_names[name], bound[name].detach())
         return out
+
+    def _replicate_for_data_parallel(self) -> Self:
+        """Give each replica, which runs in a thread of its own, a network of its own to bind."""
+        replica = super()._replicate_for_data_parallel()  # pyright: ignore
+        object.__setattr__(replica, "net", deepcopy(self.net))
+        return replica
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001
         """Set training mode here and in the network."""
@@ -129,8 +135,11 @@ class Parametrized(nn.Module):
         return raw, state
 
     def values(self) -> dict[str, Tensor]:
-        """Return the parameters that the network is called with, under its own names."""
-        return self.parametrization(*self.raw_and_state())
+        """Return the parameters that the network is called with, under its own names.
+
+        After `fully_shard` they are whole tensors, gathered from all processes.
+        """
+        return self.parametrization(*map(_whole, self.raw_and_state()))
 
     def rebase(self) -> None:
         """Move base points to the current values, in place; see [`Parametrization.rebase`][].
@@ -211,7 +220,8 @@ def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
             raise ValueError(f"values: {name!r} is tied; got two different tensors for its tie")
 
     def write(old: Tensor) -> Tensor:
-        return chosen.get(id(old), old).detach().clone()
+        new = chosen.get(id(old), old)
+        return torch.empty_like(old, dtype=new.dtype, device=new.device).copy_(new.detach())
 
     return _replaced(net, write)
 
@@ -234,6 +244,31 @@ def _replaced(net: nn.Module, new: Callable[[Tensor], Tensor]) -> nn.Module:
 
 def _to_meta(tensor: Tensor) -> Tensor:
     return tensor.detach().to("meta")
+
+
+def _expect_same_ties(net: nn.Module, p: Parametrization[dict[str, Tensor]]) -> None:
+    """Raise unless every parameter of `net` is an entry of `p` under the same names."""
+    expected = {entry.names for entry in p.entries}
+    for leaf in flatten(net)[0]:
+        if not leaf.is_buffer and leaf.names not in expected:
+            raise ValueError(
+                f"{leaf.names[0]!r}: expected the ties of the network that p was made for; got"
+                f" {' = '.join(leaf.names)}. Make p with fp.parametrize(net, rules)"
+            )
+
+
+def _is_persistent(owner: tuple[nn.Module, str]) -> bool:
+    module, name = owner
+    return name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+
+
+def _whole(tree: Any) -> Any:
+    """The tree with sharded tensors gathered; any other tensor is its own whole."""
+    if isinstance(tree, Mapping):
+        items = cast("Mapping[str, Any]", tree).items()
+        return {name: _whole(tensor) for name, tensor in items}
+    gather = getattr(tree, "full_tensor", None)
+    return tree if gather is None else gather()
 
 
 def _paths(name: str, tensors: Raw) -> list[tuple[str, Tensor]]:

@@ -25,6 +25,7 @@ from funcparam._inspect import overview, summary
 from funcparam._selection import Rules, select
 from funcparam._tree import Leaf, Structure, flatten
 from funcparam.transforms._base import AnyTransform, Raw, State
+from funcparam.transforms._precision import autocast_off
 from funcparam.transforms._signature import TensorSpec, describe, signature
 
 Params = TypeVar("Params")
@@ -68,7 +69,7 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
     _aliases: dict[str, str] = field(init=False, compare=False)
     _chosen: tuple[Entry, ...] = field(init=False, compare=False)
     _names: list[str] = field(init=False, compare=False)
-    _shapes: list[tuple[int, ...] | None] = field(init=False, compare=False)
+    _plain: list[Any] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         chosen = {e.name: e.transform for e in self.entries if e.transform is not None}
@@ -78,7 +79,10 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
             "_aliases": {alias: e.name for e in self.entries for alias in e.names[1:]},
             "_chosen": tuple(e for e in self.entries if e.transform is not None),
             "_names": [e.name for e in self.entries],
-            "_shapes": [raw.shape if isinstance(raw, TensorSpec) else None for raw in raws],
+            "_plain": [
+                (raw.shape, raw.dtype) if isinstance(raw, TensorSpec) else (None, None)
+                for raw in raws
+            ],
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -234,7 +238,8 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
             low = value.dtype in (torch.bfloat16, torch.float16)
             try:
                 own = state.get(name, _NOTHING)
-                found[name] = transform.violation(value.float() if low else value, own)
+                with autocast_off(value):
+                    found[name] = transform.violation(value.float() if low else value, own)
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from error
         return found
@@ -242,33 +247,19 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
     # The boundary
 
     def _check(self, raw: RawTree, state: StateTree) -> None:
-        if not looks_right(self._names, self._shapes, raw):
+        if not looks_right(self._names, self._plain, raw):
             check_raw_tree(self.entries, raw)
         check_chosen(self._chosen, raw, state)
 
     def _values(self, values: Any) -> dict[str, Tensor]:
         """The tensors that p was made for, under their first names."""
-        given: dict[str, Tensor] = {}
-        for leaf in flatten(values)[0]:
-            given |= dict.fromkeys(leaf.names, leaf.tensor)
-        found: dict[str, Tensor] = {}
-        for entry in self.entries:
-            present = [name for name in entry.names if name in given]
-            if not present:
-                raise ValueError(f"missing {entry.name!r}; got {describe(given)}")
-            for name in present[1:]:
-                expect_tied(present[0], given[present[0]], name, given[name])
-            value = found[entry.name] = given.pop(present[0])
-            for name in present[1:]:
-                del given[name]
-            if not entry.signature.value.admits(value):
-                raise ValueError(
-                    f"{entry.name!r}: expected {entry.signature.value}; got {TensorSpec.of(value)}"
-                )
-        unknown = [] if isinstance(values, nn.Module) else list(given)
-        if unknown:
-            raise ValueError(f"unknown name {unknown[0]!r}: p was made without it")
-        return found
+        leaves = flatten(values)[0]
+        given = {name: leaf.tensor for leaf in leaves for name in leaf.names}
+        known = {name for entry in self.entries for name in entry.names}
+        for leaf in leaves:  # a module's buffers may stay out of p; its parameters may not
+            if not leaf.is_buffer and known.isdisjoint(leaf.names):
+                raise ValueError(f"unknown name {leaf.names[0]!r}: p was made without it")
+        return {entry.name: _value(entry, given) for entry in self.entries}
 
     def _build(self, values: dict[str, Tensor]) -> Params:
         for alias, name in self._aliases.items():
@@ -339,8 +330,25 @@ def _entry(leaf: Leaf, chosen: Mapping[str, AnyTransform]) -> Entry:
         raise type(error)(f"{name!r}: {error}") from error
 
 
+def _value(entry: Entry, given: Mapping[str, Tensor]) -> Tensor:
+    """The one tensor for the names of an entry."""
+    present = [name for name in entry.names if name in given]
+    if not present:
+        raise ValueError(f"missing {entry.name!r}; got {describe(given)}")
+    value = given[present[0]]
+    for name in present[1:]:
+        expect_tied(present[0], value, name, given[name])
+    if not entry.signature.value.admits(value):
+        raise ValueError(
+            f"{entry.name!r}: expected {entry.signature.value}; got {TensorSpec.of(value)}"
+        )
+    return value
+
+
 def _fresh(tree: Mapping[str, Any]) -> dict[str, Any]:
     def copy(node: Any) -> Any:
-        return node.detach().clone() if isinstance(node, Tensor) else _fresh(node)
+        if not isinstance(node, Tensor):
+            return _fresh(node)
+        return torch.empty_like(node).copy_(node.detach())
 
     return {name: copy(node) for name, node in tree.items()}

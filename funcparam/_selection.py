@@ -24,33 +24,26 @@ def select(rules: Rules, leaves: Sequence[Leaf]) -> dict[str, AnyTransform]:
 
     Raises:
         TypeError: a rule is not a selector with a transform.
-        ValueError: a rule picks nothing, or only what earlier rules took, or two rules pick the
-            names of one tie.
+        ValueError: a rule picks nothing, or only what earlier rules took, under this name or
+            under another one of a tie.
     """
     pairs = _pairs(rules)
-    names = [(name, leaf, i) for leaf in leaves for i, name in enumerate(leaf.names)]
+    every = {name for leaf in leaves for name in leaf.names}
     taken: dict[str, int] = {}
     for number, (selector, transform) in enumerate(pairs):
         if not isinstance(transform, Transform):
-            a_class = isinstance(transform, type)
-            hint = "Call the class" if a_class else "fp.transform makes one from a function"
-            raise TypeError(
-                f"rule {_show(selector)}: expected a transform;"
-                f" got {_show(transform) if a_class else describe(transform)}. {hint}"
-            )
-        matches = _matcher(selector, {name for name, _, _ in names})
-        matched = [name for name, leaf, i in names if matches(name, leaf, i)]
+            raise TypeError(_no_transform(selector, transform))
+        matches = _matcher(selector, every)
+        matched = [
+            leaf for leaf in leaves if any(matches(n, leaf, i) for i, n in enumerate(leaf.names))
+        ]
         if not matched:
             raise ValueError(_nothing_matched(selector, leaves))
-        won = [name for name in matched if name not in taken]
+        won = [leaf.names[0] for leaf in matched if leaf.names[0] not in taken]
         if not won:
-            first, winner = matched[0], _show(pairs[taken[matched[0]]][0])
-            raise ValueError(
-                f"rule {_show(selector)} never applies: the earlier rule {winner} takes {first!r}"
-                " and whatever else it matches. Put the narrower rule first"
-            )
+            raise ValueError(_never_applies(pairs, selector, matched[0], taken))
         taken |= dict.fromkeys(won, number)
-    return _per_leaf(pairs, leaves, taken)
+    return {name: pairs[taken[name]][1] for leaf in leaves if (name := leaf.names[0]) in taken}
 
 
 def _pairs(rules: Any) -> list[tuple[Any, Any]]:
@@ -102,21 +95,29 @@ def _owned(leaf: Leaf, i: int, kind: type[nn.Module], local: str) -> bool:
     return isinstance(owner, kind) and fnmatchcase(own_name, local)
 
 
-def _per_leaf(
-    pairs: Sequence[tuple[Any, AnyTransform]], leaves: Sequence[Leaf], taken: Mapping[str, int]
-) -> dict[str, AnyTransform]:
-    transforms: dict[str, AnyTransform] = {}
-    for leaf in leaves:
-        numbers = {taken[name]: name for name in leaf.names if name in taken}
-        if len(numbers) > 1:
-            rules = " and ".join(f"{name!r} by {_show(pairs[n][0])}" for n, name in numbers.items())
-            raise ValueError(
-                f"{leaf.names[0]!r} is tied to {', '.join(map(repr, leaf.names[1:]))} and can"
-                f" have one rule; got {rules}"
-            )
-        for number in numbers:
-            transforms[leaf.names[0]] = pairs[number][1]
-    return transforms
+def _no_transform(selector: Any, got: Any) -> str:
+    a_class = isinstance(got, type)
+    hint = "Call the class" if a_class else "fp.transform makes one from a function"
+    return (
+        f"rule {_show(selector)}: expected a transform;"
+        f" got {_show(got) if a_class else describe(got)}. {hint}"
+    )
+
+
+def _never_applies(
+    pairs: Sequence[tuple[Any, Any]], selector: Any, leaf: Leaf, taken: Mapping[str, int]
+) -> str:
+    winner = _show(pairs[taken[leaf.names[0]]][0])
+    name, *others = leaf.names
+    if others:
+        return (
+            f"{name!r} is tied to {', '.join(map(repr, others))} and can have one"
+            f" rule; got {winner} and {_show(selector)}"
+        )
+    return (
+        f"rule {_show(selector)} never applies: the earlier rule {winner} takes"
+        f" {name!r} and whatever else it matches. Put the narrower rule first"
+    )
 
 
 def _nothing_matched(selector: Any, leaves: Sequence[Leaf]) -> str:

@@ -57,6 +57,9 @@ def worker(rank, port, kind, results):
     values = {name: full(t).detach() for name, t in model.state_dict().items()}
     if rank == 0:
         results["losses"], results["state"] = losses / 2, values
+    folded = model.fold()  # gathers, so on every process
+    if rank == 0:
+        results["weight"] = folded[0].weight.detach()
     dist.barrier()
     dist.destroy_process_group()
 
@@ -69,8 +72,9 @@ def test_two_processes_equal_one(kind):
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(worker, (port, kind, results), nprocs=2)
-        losses, state = results["losses"], results["state"]
+        losses, state, weight = results["losses"], results["state"], results["weight"]
     model, x = model_and_data()
     alone = copy.deepcopy(model)
     torch.testing.assert_close(losses, train(alone, [x] * 3))
     torch.testing.assert_close(state, dict(alone.state_dict()))
+    torch.testing.assert_close(weight, alone.fold()[0].weight.detach())

@@ -300,6 +300,73 @@ def test_buffers_that_the_network_replaces_are_kept():
     assert net.count == 0
 
 
+def test_what_the_network_keeps_in_a_buffer_does_not_hold_the_graph():
+    class Decaying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x):
+            y = self.linear(x) * self.scale
+            self.scale = self.scale * y.mean()
+            return y
+
+    net = Decaying()
+    model = fp.Parametrized(net, fp.parametrize(net, {"linear.weight": Orthogonal()}))
+    model(torch.ones(1, 2)).sum().backward()
+    assert not model.net_buffers.scale.requires_grad
+    assert model.net_buffers.scale != 1
+    assert model.raw.linear.weight.grad is not None
+
+
+def test_frozen_parts_of_the_network_stay_in_evaluation_mode():
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).train()
+    net[1].eval()
+    model = fp.Parametrized(net, fp.parametrize(net, {"0.weight": Orthogonal()}))
+    assert model.training
+    assert not model.net[1].training
+    assert not model.fold()[1].training
+    assert model.fold()[0].training
+
+
+def test_the_parametrization_has_to_know_every_parameter_and_tie():
+    net = Tied()
+    p = fp.parametrize(dict(net.named_parameters()), {"encoder.weight": Orthogonal()})
+    with pytest.raises(ValueError, match=r"'encoder.weight': .* got encoder.weight = decoder.wei"):
+        fp.Parametrized(net, p)
+    part = {"encoder.bias": net.encoder.bias, "encoder.weight": net.encoder.weight}
+    p = fp.parametrize(part, {})
+    with pytest.raises(ValueError, match="unknown name 'decoder.bias': p was made without it"):
+        fp.Parametrized(net, p)
+    with pytest.raises(ValueError, match=r"unknown name '4.weight'"):
+        fp.parametrize(mlp(depth=2), {"0.weight": Orthogonal()}).init(mlp(depth=3))
+
+
+def test_replicas_have_networks_of_their_own():
+    _, model = classifier()
+    replica = model._replicate_for_data_parallel()
+    assert replica.net is not model.net
+
+
+def test_folded_weights_keep_their_layout_and_share_nothing(tmp_path):
+    from safetensors.torch import save_file
+
+    net = nn.Linear(5, 3)
+    model = fp.Parametrized(net, fp.parametrize(net, {"weight": Orthogonal()}))
+    folded = model.fold()
+    assert folded.weight.is_contiguous()
+    save_file(folded.state_dict(), tmp_path / "folded.safetensors")
+    save_file(model.state_dict(), tmp_path / "raw.safetensors")
+    values = {"weight": torch.randn(3, 5)}
+    twin = fp.fold(net, values)
+    with torch.no_grad():
+        values["weight"].zero_()
+        net.bias.zero_()
+    assert twin.weight.count_nonzero() == 15
+    assert twin.bias.count_nonzero() == 3
+
+
 def test_rebase_keeps_outputs_and_parameters():
     _, model = classifier()
     train(model, X).eval()

@@ -80,9 +80,13 @@ def test_rules_are_pairs_of_selector_and_transform():
 
 
 def test_two_rules_on_one_tie():
-    match = r"'encoder.weight' is tied to 'decoder.weight' and can have one rule; got .*encoder"
+    match = (
+        r"'encoder.weight' is tied to 'decoder.weight' and can have one rule; got 'enc.* and 'dec"
+    )
     with pytest.raises(ValueError, match=match):
         fp.parametrize(Tied(), {"encoder.weight": Orthogonal(), "decoder.weight": Symmetric()})
+    p = fp.parametrize(Tied(), {"decoder.weight": Orthogonal(), "*": WeightNorm(dim=None)})
+    assert p["encoder.weight"] == Orthogonal()
     p = fp.parametrize(Tied(), {"*.weight": Orthogonal()})
     assert list(p) == ["encoder.weight"]
     assert list(fp.parametrize(Tied(), {"decoder.weight": Orthogonal()})) == ["encoder.weight"]

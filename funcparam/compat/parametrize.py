@@ -145,7 +145,7 @@ def is_parametrized(module: nn.Module, tensor_name: str | None = None) -> bool:
 def remove_parametrizations(
     module: nn.Module,
     tensor_name: str,
-    leave_parametrized: bool = True,  # noqa: FBT001, FBT002
+    leave_parametrized: bool = True,  # noqa: FBT001
 ) -> nn.Module:
     """Make `tensor_name` a plain parameter or buffer again.
 

@@ -19,8 +19,8 @@ R = TypeVar("R", bound=Raw)
 class Transform(ABC, Generic[R]):
     """A pure map from raw tensors to the value that a network uses, with a right inverse.
 
-    Subclasses are final frozen dataclasses. They implement [`forward`][..forward] and
-    [`right_inverse`][..right_inverse], and override the rest where there is more to say. They
+    Subclasses are final frozen dataclasses. They implement [`forward`][.forward] and
+    [`right_inverse`][.right_inverse], and override the rest where there is more to say. They
     are generic in what raw is: `Transform[Tensor]` or `Transform[Mapping[str, Tensor]]`.
 
     Five laws hold for every transform; one suite of tests crosses them with all transforms.
@@ -156,12 +156,15 @@ def expect_all(transform: AnyTransform, condition: Tensor, message: str) -> None
     On meta tensors, inside `torch.func` transforms and while compiling there is nothing to read:
     the check is left out.
     """
-    if torch.compiler.is_compiling() or condition.is_meta:
-        return
-    if torch.func.debug_unwrap(condition) is not condition:
-        return
-    if not bool(condition.all()):
+    if readable(condition) and not bool(condition.all()):
         raise ValueError(f"{transform!r} {message}")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether entries can be looked at: no meta tensor, no trace, no `torch.func` transform."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    return torch.func.debug_unwrap(tensor) is tensor
 
 
 def largest(tensor: Tensor) -> Tensor:

@@ -72,11 +72,15 @@ class Chain(Transform[Any]):
         return raw, state
 
     def update(self, raw: Any, state: State) -> State:
-        new: dict[str, Tensor] = {}
+        evolving = [i for i, part in enumerate(self.parts) if type(part).update != Transform.update]
+        new = dict(state)
         for i, (part, own) in enumerate(self._each(state)):
+            if i > max(evolving, default=-1):  # no map is evaluated for nothing
+                break
             own = part.update(raw, own)
             new |= {f"{i}.{key}": tensor for key, tensor in own.items()}
-            raw = part.forward(raw, own)
+            if i < max(evolving):
+                raw = part.forward(raw, own)
         return new
 
     def rebase(self, raw: Any, state: State) -> tuple[Any, State]:

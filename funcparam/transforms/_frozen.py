@@ -36,7 +36,10 @@ class Frozen(Transform[Mapping[str, Tensor]]):
         """Largest |value - frozen value|. The value in state is the constraint."""
         if "value" not in state:
             raise ValueError(f"{self!r} expects state with a 'value', which is its constraint")
-        return largest(value - state["value"])
+        frozen = state["value"]
+        if not (value.is_floating_point() or value.is_complex()):
+            value, frozen = value.double(), frozen.double()
+        return largest(value - frozen)
 
     def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         """Zero: nothing is free."""

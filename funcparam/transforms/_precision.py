@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -35,9 +36,9 @@ def full_precision(method: Method) -> Method:
         tensor = first if isinstance(first, Tensor) else next(iter(first.values()), None)
         if tensor is None:
             return method(self, first, *rest, **kwargs)
-        dtype, autocast = tensor.dtype, _autocast_device(tensor)
-        if autocast is not None:
-            with torch.autocast(autocast, enabled=False):
+        dtype = tensor.dtype
+        if _autocast_is_on(tensor):
+            with autocast_off(tensor):
                 return run(self, first, *rest, **kwargs)
         if dtype not in _LOW:
             return method(self, first, *rest, **kwargs)
@@ -47,10 +48,16 @@ def full_precision(method: Method) -> Method:
     return cast("Method", run)
 
 
-def _autocast_device(tensor: Tensor) -> str | None:
-    """The device whose autocast is on for `tensor`, if it is."""
+def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A block in which operations on the device of `tensor` keep their dtype."""
+    if _autocast_is_on(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return nullcontext()
+
+
+def _autocast_is_on(tensor: Tensor) -> bool:
     device = "cpu" if tensor.is_cpu else tensor.device.type
-    return device if device != "meta" and torch.is_autocast_enabled(device) else None
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _cast(tree: Any, old: torch.dtype, new: torch.dtype) -> Any:

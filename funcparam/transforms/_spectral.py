@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from funcparam.transforms._base import State, Transform, expect_dim
+from funcparam.transforms._base import State, Transform, expect_dim, largest
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
 
@@ -35,7 +35,7 @@ class SpectralNorm(Transform[Tensor]):
     Args:
         dim: the dimension of outputs: 0 for Linear and Conv, 1 for ConvTranspose.
         n_power_iterations: steps that one `update` takes; None for the exact value.
-        eps: lower bound of norms and of sigma.
+        eps: norms and sigma below it count as zero, by which nothing is divided.
 
     Raises:
         ValueError: `n_power_iterations` or `eps` is not positive; at `fp.parametrize`, if the
@@ -74,7 +74,7 @@ class SpectralNorm(Transform[Tensor]):
             sigma: Tensor = linalg.matrix_norm(X, 2)
         else:
             sigma = torch.vdot(state["u"], X @ state["v"]).real
-        return raw / sigma.clamp_min(self.eps)
+        return raw / torch.where(sigma.abs() < self.eps, 1, sigma)
 
     @full_precision
     def right_inverse(
@@ -92,8 +92,8 @@ class SpectralNorm(Transform[Tensor]):
         X = self._matrix(raw.detach())
         u, v = state["u"], state["v"]
         for _ in range(self.n_power_iterations):
-            u = normalize(X @ v, dim=0, eps=self.eps)
-            v = normalize(X.mH @ u, dim=0, eps=self.eps)
+            u = self._direction(X @ v, u)
+            v = self._direction(X.mH @ u, v)
         return {"u": u, "v": v}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
@@ -113,6 +113,15 @@ class SpectralNorm(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_dim(self, value, self.dim)
+        if value.numel() == 0:
+            raise ValueError(
+                f"{self!r} expects a tensor with entries; got shape {tuple(value.shape)}"
+            )
+
+    def _direction(self, vector: Tensor, last: Tensor) -> Tensor:
+        """`vector` with norm 1; the last one where it is zero, from which nothing would return."""
+        norm: Tensor = linalg.vector_norm(vector)
+        return torch.where(norm > self.eps, vector / norm.clamp_min(self.eps), last)
 
     def _matrix(self, tensor: Tensor) -> Tensor:
         return tensor.movedim(self.dim, 0).flatten(1)
@@ -126,6 +135,9 @@ def _top_singular_vectors(X: Tensor) -> tuple[Tensor, Tensor]:
     if X.shape[0] > X.shape[1]:
         v, u = _top_singular_vectors(X.mH)
         return u, v
-    u: Tensor = linalg.eigh(X @ X.mH).eigenvectors[:, -1]
-    v = normalize(X.mH @ u, dim=0)
-    return u, v
+    scaled = X / largest(X).clamp_min(torch.finfo(X.dtype).tiny)  # no square overflows or vanishes
+    u: Tensor = linalg.eigh(scaled @ scaled.mH).eigenvectors[:, -1]
+    v = scaled.mH @ u
+    norm: Tensor = linalg.vector_norm(v)
+    unit = torch.eye(1, len(v), dtype=v.dtype, device=v.device)[0]
+    return u, torch.where(norm == 0, unit, v / torch.where(norm == 0, 1, norm))
