@@ -39,9 +39,11 @@ def read(module: nn.Module, name: str) -> Tensor:
         return _cache.evaluate(held)
     loans: dict[str, _loan.Loan | None] = own.setdefault(_HANDED_OUT, {})
     last = loans.get(name)
-    if last is not None and last.is_written(held):
-        del loans[name]
-        raise _loan.refuse_written(module, name)
+    if last is not None:
+        if last.is_written(held):
+            del loans[name]
+            raise _loan.refuse_written(module, name)
+        last.close()
     value = _cache.evaluate(held)
     if resetting is None:
         loans[name] = _loan.lend(value, held)
@@ -59,8 +61,8 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
         return
     before = _private.value_in_exchange(depth=2)
     if before is None:
-        cast("Any", _list(module, name)).right_inverse(value)
         forget(module, name)
+        cast("Any", _list(module, name)).right_inverse(value)
     else:
         _exchange(module, name, before, value)
 
@@ -69,7 +71,9 @@ def forget(module: nn.Module, name: str) -> None:
     """Stop watching the value that was handed out last."""
     loans = vars(module).get(_HANDED_OUT)
     if loans is not None:
-        loans.pop(name, None)
+        loan = loans.pop(name, None)
+        if loan is not None:
+            loan.close()
         if not loans:
             del vars(module)[_HANDED_OUT]
 

@@ -25,8 +25,9 @@ class _Scope(local):
     Thread-local because `torch.compile` cannot trace a `ContextVar`.
     """
 
-    eager: dict[int, _Entry] | None = None
-    traced: dict[int, _Entry] | None = None
+    def __init__(self) -> None:
+        self.eager: dict[int, _Entry] | None = None
+        self.traced: dict[int, _Entry] | None = None
 
 
 _SCOPE = _Scope()

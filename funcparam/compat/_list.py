@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, cast
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,8 @@ class ParametrizationList(nn.ModuleList):
             raise ValueError("ParametrizationList requires one or more modules.")
         super().__init__([as_module(module) for module in modules])
         self.unsafe = unsafe
-        self._stepped: tuple[tuple[ref[Tensor], int], ...] = ()
+        self.before: str | None = None  # which of several raw tensors was there before
+        self._stepped: tuple[tuple[Tensor, int], ...] = ()
         shape, dtype = original.shape, original.dtype
         raw = self._raw_for(original)
         self.is_tensor = isinstance(raw, Tensor)
@@ -93,6 +93,8 @@ class ParametrizationList(nn.ModuleList):
                 setattr(self, name, element)
             elif isinstance(element, Tensor):
                 register(self, name, _like(original, element))
+                if element is original:
+                    self.before = name
             else:
                 raise ValueError(
                     "'right_inverse' must return a Tensor or a Sequence of tensors "
@@ -199,8 +201,10 @@ class ParametrizationList(nn.ModuleList):
         """
         if torch.compiler.is_compiling() or len(self._stepped) != len(raw):
             return False
+        if not all(isinstance(tensor, Tensor) and _private.is_plain(tensor) for tensor in raw):
+            return False
         return all(
-            seen() is tensor and version == _private.version(tensor)
+            seen.data_ptr() == tensor.data_ptr() and version == _private.version(tensor)
             for (seen, version), tensor in zip(self._stepped, raw, strict=True)
         )
 
@@ -209,7 +213,7 @@ class ParametrizationList(nn.ModuleList):
         if torch.compiler.is_compiling() or self._was_stepped(raw):
             return
         if all(isinstance(tensor, Tensor) and _private.is_plain(tensor) for tensor in raw):
-            self._stepped = tuple((ref(tensor), _private.version(tensor)) for tensor in raw)
+            self._stepped = tuple((tensor.detach(), _private.version(tensor)) for tensor in raw)
 
     def _parts(self) -> list[nn.Module]:
         return [part for key, part in self._modules.items() if key.isdigit()]

@@ -28,6 +28,10 @@ class Loan:
 
     def _end(self, _: object) -> None:
         self.written = self._alias is not None and self._changed(self._alias)
+        self.close()
+
+    def close(self) -> None:
+        """Watch no longer."""
         self._alias = self._node = self._value = None
 
     def _changed(self, tensor: Tensor) -> bool:
@@ -50,6 +54,8 @@ def lend(value: Tensor, held: nn.Module) -> Loan | None:
     """Watch `value`, unless it is raw itself or belongs to a transform or a trace."""
     if value.__class__ is not Tensor or value.is_meta or torch.is_inference_mode_enabled():
         return None
+    if torch.__future__.get_swap_module_params_on_conversion():
+        return None  # what is watched cannot be swapped
     if not _private.is_plain(value):
         return None
     if value.grad_fn is None and _is_held(value, held):

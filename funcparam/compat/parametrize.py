@@ -205,7 +205,23 @@ def _plain_tensor(module: nn.Module, name: str, keep_value: bool) -> Tensor:  # 
 
 
 def _from_several(held: ParametrizationList, value: Tensor) -> Tensor:
-    return nn.Parameter(value) if value.requires_grad else value
+    """A parameter with the value: the one that was there before, if it is one of raw."""
+    if not value.requires_grad:
+        return value
+    value = value.detach()
+    before = getattr(held, "before", None)
+    raw = None if before is None else getattr(held, before)
+    if torch.__future__.get_swap_module_params_on_conversion() or not _can_hold(raw, value):
+        return nn.Parameter(value)
+    with torch.no_grad():
+        put(cast("Tensor", raw), value)
+    return cast("Tensor", raw)
+
+
+def _can_hold(raw: Tensor | None, value: Tensor) -> bool:
+    if type(raw) is not nn.Parameter or type(value) is not Tensor:
+        return False
+    return (raw.shape, raw.dtype, raw.device) == (value.shape, value.dtype, value.device)
 
 
 def _fill(original: Tensor, value: Tensor) -> None:

@@ -4,6 +4,7 @@ Where torch's failure is not stable enough to assert, the test shows compat's si
 """
 
 import copy
+import operator
 import pickle
 import threading
 import weakref
@@ -249,7 +250,7 @@ def test_problem_4_the_cache_in_a_compiled_graph():
     graphs = []
 
     def backend(graph, _):
-        graphs.append(sum("mul" in node.name for node in graph.graph.nodes))
+        graphs.append(sum(node.target is operator.mul for node in graph.graph.nodes))
         return graph
 
     x = torch.ones(1, 3)
@@ -316,12 +317,12 @@ def test_problem_7_the_direction_is_the_parameter_an_optimizer_knows(both):
 
 def test_problem_8_one_power_iteration_for_each_change_of_raw(both):
     _, functions_, right = both
-    layer = functions_.spectral_norm(linear(5, 5))
+    layer = functions_.spectral_norm(linear(20, 20))
     a, b = layer.weight, layer.weight
     assert torch.equal(a, b) == right
     u = layer.parametrizations.weight[0]._u.clone()
     with torch.no_grad():
-        layer.parametrizations.weight.original.add_(torch.randn(5, 5))
+        layer.parametrizations.weight.original.add_(torch.randn(20, 20))
     _ = layer.weight
     assert not torch.equal(u, layer.parametrizations.weight[0]._u)
 
@@ -509,18 +510,19 @@ def test_problem_17_half_precision(dtype, map_):
     assert orthogonality(layer.weight) < 0.03
     full = functions.orthogonal(linear(4, 4), orthogonal_map=map_)
     with torch.autocast("cpu"):
-        assert orthogonality(full.weight) < 1e-5
+        value = full.weight
+    assert orthogonality(value) < 1e-5
 
 
 def test_problem_18_meta_device(both):
     register, functions_, right = both
     try:
-        layer = functions_.orthogonal(nn.Linear(3, 5, device="meta"))
+        layer = functions_.orthogonal(nn.Linear(4, 4, device="meta"))
     except Exception:
         assert not right
         return
     assert right
-    assert layer.weight.shape == (5, 3)
+    assert layer.weight.shape == (4, 4)
     for function in kernels():
         layer = function(nn.Linear(3, 5, device="meta"))
         expected = function(linear(3, 5))
