@@ -3,9 +3,10 @@
     python examples/quickstart.py [--quick] [--out quickstart.png]
 
 The 8 x 8 digits of scikit-learn are sequences of 64 numbers. A recurrent network reads them one by
-one, so the gradient has to travel 64 steps back, through the recurrent weight each time. With an
-orthogonal weight it neither vanishes nor explodes. The same network without the constraint is
-trained beside it, from the same initial values.
+one, so the gradient has to travel 64 steps back, through the recurrent weight each time, which can
+neither stretch nor shrink it if it is orthogonal. The same network without the constraint is
+trained beside it, from the same initial values. At the best rates both read digits equally well;
+the constraint makes training less sensitive to the rate of the recurrent weight.
 """
 
 import argparse
@@ -100,13 +101,13 @@ def compare(name, net, p, rates, data, epochs):
     torch.manual_seed(1)  # the same batches for all
     seconds = fit(loss, raw, rates, (x, y), epochs, name, lambda: curve.append(accuracy()))
     raw = optree.tree_map(torch.Tensor.detach, raw)
-    norms = gradient_norms(net, p(raw, state), x_test, y_test)
-    W = p(raw, state)["rnn.weight_hh_l0"]
+    params = p(raw, state)
+    norms = gradient_norms(net, params, x_test, y_test)
     row = [
         name,
         f"{curve[-1]:.3f}",
         f"{(norms[0] / norms[-1]).item():.2f}",
-        f"{Orthogonal().violation(W, {}).item():.0e}",
+        f"{Orthogonal().violation(params['rnn.weight_hh_l0'], {}).item():.0e}",
         f"{seconds:.0f}",
     ]
     return row, (name, curve, norms), (raw, state)

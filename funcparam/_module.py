@@ -36,6 +36,11 @@ class Parametrized(nn.Module):
     * `state.NAME.KEY`: buffers;
     * `net_buffers.NAME`: the network's own buffers, as persistent as they were.
 
+    As with `torch.func.functional_call`, one thread calls it at a time (`DataParallel` replicas
+    have networks of their own), and activation checkpointing goes around this module, not inside
+    of the network, where it would compute again after the values are gone. What a network writes to a
+    buffer that is itself parametrized goes to the value and is lost.
+
     Args:
         net: any module.
         p: a parametrization of it.

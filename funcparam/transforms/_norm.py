@@ -21,7 +21,7 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
 
     Raw is `{"magnitude": g, "direction": V}`; `V` has the shape of the value, `g` has size 1 in
     every dimension that the norm runs over. Real dtypes. The right inverse is exact for every
-    value, slices of zeros included.
+    value whose norms are normal numbers, slices of zeros included.
 
     Written in composed operations: unlike `torch._weight_norm`, second-order gradients, `jvp`
     and `vmap` are right.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from funcparam.transforms import Frozen, Interval, LoRA, Mask, Positive
 from tests.cases import every_row, raw_and_state, value_of
 
 
@@ -53,6 +54,33 @@ def test_violation_sees_infeasible_values(case, shape):
     if torch.allclose(case.projection(other), other):
         return
     assert case.transform.violation(other, {}) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("transform", "value"),
+    [
+        (Interval(-1, 1), torch.tensor([0.5])),
+        (Mask(), torch.tensor([0.0, 1.0])),
+        (Frozen(), torch.tensor([1.0, 2.0])),
+        (LoRA(rank=1), torch.eye(3)),
+        (Positive(), torch.tensor([1.0])),
+    ],
+    ids=repr,
+)
+def test_violation_measures_constraints_that_lie_in_state(transform, value):
+    _, state = transform.right_inverse(value)
+    assert transform.violation(value, state) == 0
+    assert transform.violation(value - 3 * torch.ones_like(value).cumsum(0), state) >= 2
+
+
+@every_row
+def test_rebase_moves_the_base_point(case, shape):
+    raw, state = raw_and_state(case, shape)
+    parts = getattr(case.transform, "parts", (case.transform,))
+    if not getattr(parts[0], "trivialize", False):
+        return
+    assert raw.count_nonzero() > 0
+    assert case.transform.rebase(raw, state)[0].count_nonzero() == 0
 
 
 @every_row

@@ -1,0 +1,82 @@
+"""Values at the edge: zeros, overflow, signs, infinities."""
+
+import pytest
+import torch
+from torch.func import grad
+
+from funcparam.transforms import Chain, Mask, Orthogonal, SpectralNorm, WeightNorm, transform
+
+
+def test_weight_norm_of_a_row_of_zeros_is_kept_and_trains():
+    value = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    raw, state = WeightNorm().right_inverse(value)
+    assert torch.equal(WeightNorm().forward(raw, state), value)
+    g = grad(lambda raw: WeightNorm().forward(raw, state).sum())(raw)
+    assert all(t.isfinite().all() for t in g.values())
+    assert g["magnitude"][0] != 0
+
+
+@pytest.mark.parametrize("n_power_iterations", [1, None])
+def test_spectral_norm_of_zero_is_zero_with_finite_gradients(n_power_iterations):
+    norm = SpectralNorm(n_power_iterations=n_power_iterations)
+    raw, state = norm.right_inverse(torch.zeros(3, 3))
+    value = norm.forward(raw, state)
+    assert value.count_nonzero() == 0
+    assert grad(lambda raw: norm.forward(raw, state).sum())(raw).abs().amax() <= 1
+
+
+def test_spectral_norm_recovers_from_zero():
+    norm = SpectralNorm()
+    _, state = norm.right_inverse(torch.zeros(4, 4))
+    state = norm.update(torch.zeros(4, 4), state)
+    raw = 0.1 * torch.randn(4, 4)
+    for _ in range(200):
+        state = norm.update(raw, state)
+    assert norm.violation(norm.forward(raw, state), state) < 1e-4
+
+
+def test_spectral_norm_of_a_turned_sign_stays_bounded():
+    norm = SpectralNorm()
+    _, state = norm.right_inverse(torch.eye(2))
+    assert norm.forward(-torch.eye(2), state).abs().amax() <= 1
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e19])
+def test_spectral_norm_at_any_scale(scale):
+    value = scale * torch.randn(4, 4)
+    norm = SpectralNorm(eps=1e-30)
+    raw, state = norm.right_inverse(value)
+    assert norm.violation(norm.forward(raw, state), state) < 1e-4
+
+
+def test_power_iteration_is_constant_to_grad():
+    norm = SpectralNorm()
+    _, state = norm.right_inverse(torch.randn(3, 3))
+
+    def moved(raw):
+        return norm.update(raw, state)["u"].sum()
+
+    assert grad(moved)(torch.randn(3, 3)).count_nonzero() == 0
+
+
+def test_masked_infinities_are_zero():
+    _, state = Mask().right_inverse(torch.tensor([0.0, 1.0]))
+    assert torch.equal(
+        Mask().forward(torch.tensor([torch.inf, 2.0]), state), torch.tensor([0.0, 2])
+    )
+
+
+def test_a_chain_updates_without_evaluating_maps_for_nothing():
+    calls = []
+
+    def counted(raw):
+        calls.append(raw)
+        return raw
+
+    chain = Chain(transform(counted, lambda v: v), Orthogonal())
+    raw, state = chain.right_inverse(torch.eye(3))
+    chain.update(raw, state)
+    assert calls == []
+    chain = Chain(transform(counted, lambda v: v), SpectralNorm())
+    chain.update(*chain.right_inverse(torch.eye(3)))
+    assert len(calls) == 1
