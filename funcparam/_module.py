@@ -38,8 +38,8 @@ class Parametrized(nn.Module):
 
     As with `torch.func.functional_call`, one thread calls it at a time (`DataParallel` replicas
     have networks of their own), and activation checkpointing goes around this module, not inside
-    of the network, where it would compute again after the values are gone. What a network writes to a
-    buffer that is itself parametrized goes to the value and is lost.
+    of the network, where it would compute again after the values are gone. What a network
+    writes to a buffer that is itself parametrized goes to the value and is lost.
 
     Args:
         net: any module.
