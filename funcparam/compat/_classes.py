@@ -45,16 +45,39 @@ def _make(cls: type, names: frozenset[str]) -> type:
     }
     if not hasattr(cls, "__deepcopy__"):
         members["__deepcopy__"] = _deepcopy
+    meta = type("SharedType", (_Shared, type(cls)), {})
     made = types.new_class(
-        f"Parametrized{cls.__name__}", (cls,), exec_body=lambda namespace: namespace.update(members)
+        f"Parametrized{cls.__name__}",
+        (cls,),
+        {"metaclass": meta},
+        lambda namespace: namespace.update(members),
     )
     made.__qualname__ = made.__name__
     for name in ("reset_parameters", "_reset_parameters"):
         if callable(getattr(cls, name, None)):
-            setattr(made, name, _writing_back(made, name))
-    vars_load = _loading(made)
-    made._load_from_state_dict = vars_load  # pyright: ignore[reportAttributeAccessIssue]
+            type.__setattr__(made, name, _writing_back(made, name))
+    type.__setattr__(made, "_load_from_state_dict", _loading(made))
     return made
+
+
+class _Shared(type):
+    """Refuses what torch's own functions would do to a class that instances share."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if not name.startswith("__"):
+            raise _refuse_change(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        raise _refuse_change(name)
+
+
+def _refuse_change(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"'{name}' belongs to a module that funcparam.compat parametrized, whose class other"
+        " modules share: use the functions of funcparam.compat.parametrize, or"
+        " funcparam.compat.install()"
+    )
 
 
 def _tensor_property(name: str) -> property:

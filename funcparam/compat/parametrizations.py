@@ -25,22 +25,26 @@ class OrthogonalModule(TransformModule):
         self.shape = shape
         self.householder = transform.map == "householder"
         self.trivialized = transform.trivialize
-        if transform.trivialize:
-            self.register_buffer("base", None)
+        self.register_buffer("base", None)
 
     def forward(self, *raw: Tensor) -> Tensor:
         """Map raw to an orthogonal matrix."""
         (X,) = raw
         if not self.householder:
-            return self.transform.forward(X, self.state())
+            return self._map().forward(X, self.state())
         signs = self.signs(X)
-        if not self.trivialized:
-            return self.transform.forward(X, {"signs": signs})
+        if self.base is None:
+            return self._map().forward(X, {"signs": signs})
         Q = self.transform.forward(X, self.state())
         wide = X.shape[-2] < X.shape[-1]
         return Q * signs.unsqueeze(-1 if wide else -2)
 
     again = forward
+
+    def _map(self) -> Orthogonal:
+        """Without a base point as long as nothing was assigned: added to a chain, for example."""
+        transform = cast("Orthogonal", self.transform)
+        return transform if self.base is not None else Orthogonal(transform.map, trivialize=False)
 
     @staticmethod
     def signs(X: Tensor) -> Tensor:

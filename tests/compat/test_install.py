@@ -1,0 +1,112 @@
+"""Putting compat in the place of torch's modules, and taking it out again."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations as torch_functions
+from torch.nn.utils import parametrize as torch_api
+from torch.testing import assert_close
+
+from funcparam import compat
+from funcparam.compat import parametrizations, parametrize
+from tests.compat.parts import Double
+
+
+def everything():
+    """All names of all of torch's modules that are torch's parametrization functions."""
+    names = {*torch_api.__all__, *torch_functions.__all__}
+    return {
+        (path, name): vars(module).get(name)
+        for path, module in list(sys.modules.items())
+        if path.split(".")[0] == "torch" and hasattr(module, "__dict__")
+        for name in names
+    }
+
+
+def test_uninstalling_restores_torch_exactly():
+    import torch.ao.quantization  # noqa: F401  (imports the functions by name)
+
+    before = everything()
+    modules = dict(vars(torch_api)), dict(vars(torch_functions))
+    with compat.installed():
+        assert torch_functions.orthogonal is parametrizations.orthogonal
+        assert torch_api.cached is parametrize.cached
+        quantize = sys.modules["torch.ao.quantization.quantize"]
+        assert quantize.type_before_parametrizations is parametrize.type_before_parametrizations
+        assert vars(torch_api).keys() == modules[0].keys()
+    assert everything() == before
+    assert (dict(vars(torch_api)), dict(vars(torch_functions))) == modules
+
+
+def test_nested_and_failing_blocks():
+    original = torch_api.register_parametrization
+    compat.install()
+    with pytest.raises(RuntimeError, match="inside"), compat.installed():
+        raise RuntimeError("inside")
+    assert torch_api.register_parametrization is parametrize.register_parametrization
+    compat.uninstall()
+    assert torch_api.register_parametrization is original
+    with pytest.raises(RuntimeError, match="not installed"):
+        compat.uninstall()
+
+
+def test_modules_that_torch_parametrized_before_go_on():
+    layer = torch_functions.weight_norm(nn.Linear(3, 3))
+    twin = torch_functions.weight_norm(nn.Linear(3, 3))
+    value, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    with compat.installed():
+        assert torch_api.is_parametrized(layer, "weight")
+        assert_close(layer.weight.detach(), value)
+        torch_api.register_parametrization(layer, "bias", Double())
+        assert_close(layer.bias.detach(), bias)
+        assert_close(layer.weight.detach(), value)
+        layer.weight = value + 1
+        assert_close(layer.weight.detach(), value + 1)
+        torch_api.remove_parametrizations(layer, "weight")
+        torch_api.remove_parametrizations(layer, "bias")
+        assert type(layer) is nn.Linear
+        assert_close(layer.weight.detach(), value + 1)
+    assert twin.weight.shape == (3, 3)
+
+
+def test_torchs_functions_refuse_to_change_a_class_that_instances_share():
+    layer, sibling = (parametrizations.weight_norm(nn.Linear(3, 3)) for _ in range(2))
+    with pytest.raises((AttributeError, TypeError, RuntimeError), match="funcparam.compat"):
+        torch_api.remove_parametrizations(layer, "weight")
+    with pytest.raises((AttributeError, TypeError, RuntimeError), match="funcparam.compat"):
+        torch_api.register_parametrization(layer, "bias", Double())
+    assert sibling(torch.ones(1, 3)).shape == (1, 3)
+    assert sibling.weight.shape == (3, 3)
+
+
+SCRIPT = """
+import sys
+from torch.nn.utils.parametrizations import weight_norm
+print(weight_norm.__module__, sys.argv[1:], __name__)
+"""
+
+
+def test_running_a_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "funcparam.compat"]
+    done = subprocess.run([*command, script, "a", "-b"], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "funcparam.compat.parametrizations ['a', '-b'] __main__"
+    usage = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert usage.returncode == 1
+    assert "usage" in usage.stderr
+
+
+def test_the_pytest_plugin(tmp_path):
+    test = tmp_path / "test_legacy.py"
+    test.write_text(
+        "from torch.nn.utils.parametrize import cached\n"
+        "def test():\n    assert cached.__module__ == 'funcparam.compat._cache'\n"
+    )
+    options = ["-q", "-c", "/dev/null", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, "-p", "funcparam.compat.pytest_plugin"]
+    done = subprocess.run([*command, test], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
