@@ -42,7 +42,7 @@ def read(module: nn.Module, name: str) -> Tensor:
     if last is not None:
         if last.is_written(held):
             del loans[name]
-            raise _loan.refuse_written(module, name)
+            _loan.write_back(module, name, held, last.written_value())
         last.close()
     value = _cache.evaluate(held)
     if resetting is None:

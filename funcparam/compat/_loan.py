@@ -1,8 +1,8 @@
-"""Noticing that someone writes into a computed value, which changes nothing."""
+"""Noticing that someone writes into a computed value, as one may into a plain parameter."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -28,11 +28,16 @@ class Loan:
 
     def _end(self, _: object) -> None:
         self.written = self._alias is not None and self._changed(self._alias)
-        self.close()
+        if not self.written:  # else what was written is wanted at the next read
+            self.close()
 
     def close(self) -> None:
         """Watch no longer."""
         self._alias = self._node = self._value = None
+
+    def written_value(self) -> Tensor:
+        """What the value is after it was written to."""
+        return cast("Tensor", self._alias)
 
     def _changed(self, tensor: Tensor) -> bool:
         return _private.version(tensor) != self._version
@@ -71,11 +76,22 @@ def _is_held(value: Tensor, held: nn.Module) -> bool:
     )
 
 
-def refuse_written(module: nn.Module, name: str) -> RuntimeError:
-    """What to say about it."""
-    return RuntimeError(
-        f"the value of the parametrized '{name}' of {type(module).__name__} was written to in"
-        " place, which changes nothing: it is computed from raw tensors each time it is read."
-        f" Assign instead: module.{name} = torch.nn.init.orthogonal_(torch.empty_like(module."
-        f"{name})). For a change that is meant to be local, write to a clone"
-    )
+def write_back(module: nn.Module, name: str, held: nn.Module, value: Tensor) -> None:
+    """Let raw be the right inverse of what was written into a computed value.
+
+    `torch.nn.init` and other code for plain parameters writes in place; with torch's module that
+    has no effect, and no error says so.
+
+    Raises:
+        RuntimeError: there is no right inverse, so the write cannot have an effect.
+    """
+    try:
+        cast("Any", held).right_inverse(value)
+    except (NotImplementedError, RuntimeError) as error:
+        raise RuntimeError(
+            f"the value of the parametrized '{name}' of {type(module).__name__} was written to in"
+            " place. That cannot change it, since it is computed from raw tensors for which its"
+            " parametrization has no right_inverse. Write to"
+            f" module.parametrizations.{name}.original; for a change that is meant to be local,"
+            " write to a clone"
+        ) from error

@@ -277,21 +277,25 @@ def test_problem_5_reset_parameters_changes_the_weight(both):
         assert_close(layer.weight.detach(), linear(seed=7).weight.detach())
 
 
-def test_problem_5_init_of_the_computed_value_is_refused(both):
+def test_problem_5_init_of_the_computed_value_has_an_effect(both):
     _, functions_, right = both
     layer = functions_.orthogonal(linear())
-    nn.init.xavier_uniform_(layer.weight)
-    if not right:
-        assert orthogonality(layer.weight) < 1e-5  # silently as before
-        return
-    with pytest.raises(RuntimeError, match="Assign instead"):
-        layer(torch.ones(1, 3))
-    with torch.no_grad():
-        layer.weight = nn.init.xavier_uniform_(torch.empty_like(layer.weight))
-    assert orthogonality(layer.weight) < 1e-5
+    before = layer.weight.detach().clone()
+    nn.init.orthogonal_(layer.weight)
+    assert torch.equal(layer.weight, before) != right  # torch: silently as before
+    kept = layer.weight
+    nn.init.xavier_uniform_(kept)
+    assert orthogonality(layer.weight) < 1e-5  # the Q factor of what was written
     local = layer.weight
     local *= 2  # autograd sees it: a computation, not an initialisation
     assert orthogonality(layer.weight) < 1e-5
+
+
+def test_problem_5_a_write_that_cannot_have_an_effect_is_refused():
+    layer = api.register_parametrization(linear(), "weight", torch.exp)
+    nn.init.zeros_(layer.weight)
+    with pytest.raises(RuntimeError, match="was written to in place"):
+        layer(torch.ones(1, 3))
 
 
 def test_problem_5_what_shares_memory_with_raw_may_be_written_to():
