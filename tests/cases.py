@@ -3,36 +3,46 @@
 Every file in `laws/` crosses all rows with one law.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from torch import Tensor
 
 from funcparam.transforms import (
+    AOL,
+    IA3,
+    Affine,
     BlockDiagonal,
     Cat,
     Chain,
     CholeskyFactor,
     Circulant,
     CorrelationCholesky,
+    DoRA,
+    DoublyStochastic,
+    FakeQuantize,
     Frozen,
     Identity,
     Interval,
     Kronecker,
+    LInfLipschitz,
     LoRA,
     LowerBound,
     LowRank,
     Mask,
     Ordered,
     Orthogonal,
+    Permute,
     Positive,
     PositiveDefinite,
     PSDLowRank,
+    Reshape,
     Simplex,
     Skew,
     SpecialOrthogonal,
@@ -40,12 +50,15 @@ from funcparam.transforms import (
     StableDiagonal,
     Stack,
     Symmetric,
+    Ternary,
     Toeplitz,
     Transform,
+    Transpose,
     Triangular,
     UnitNorm,
     UpperBound,
     WeightNorm,
+    WeightStandardization,
     transform,
 )
 
@@ -67,6 +80,8 @@ class Case:
     """Picks the free coordinates of raw and of a value; None where there is no determinant."""
     free_of_value: Callable[[Tensor], Tensor] | None = None
     """Picks the free coordinates of a value where they are not those of raw."""
+    straight_through: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
+    """A map with the documented derivative, where that is not forward's own."""
     name: str = field(default="")
 
     def __str__(self) -> str:
@@ -199,6 +214,79 @@ def _kronecker(p: int, q: int) -> Callable[[Any], Any]:
         return np.kron(s[0] * u[:, 0].reshape(p, q), vh[0].reshape(b, c))
 
     return nearest
+
+
+def _ternary(x: Tensor) -> Tensor:
+    above = x.abs() > 0.7 * x.abs().mean()
+    return x.sign() * above * x.abs()[above].mean()
+
+
+def _each_row(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.stack([function(row) for row in x])
+
+
+def _each_column(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: _each_row(function)(x.movedim(1, 0)).movedim(0, 1)
+
+
+def _quantized(bits: int) -> Callable[[Tensor], Tensor]:
+    def apply(x: Tensor) -> Tensor:
+        top = 2 ** (bits - 1) - 1
+        scale = x.abs().max().item() / top
+        return scale * torch.from_numpy(np.rint(x.numpy() / scale)).clamp(-top, top)
+
+    return apply
+
+
+def _quantized_from_zero(bits: int) -> Callable[[Tensor], Tensor]:
+    def apply(x: Tensor) -> Tensor:
+        low, high = min(x.min().item(), 0), max(x.max().item(), 0)
+        scale = (high - low) / (2**bits - 1)
+        start = np.rint(low / scale)
+        return scale * torch.from_numpy(np.rint(x.numpy() / scale)).clamp(
+            start, start + 2**bits - 1
+        )
+
+    return apply
+
+
+def _clipped(bits: int) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+    """Identity inside of the range, to the middle of the step beyond it; constant outside."""
+
+    def apply(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        scale = state["scale"].reshape(-1, *[1] * (x.ndim - 1))
+        end = scale * (2 ** (bits - 1) - 0.5)
+        return torch.maximum(torch.minimum(x, end), -end)
+
+    return apply
+
+
+def _standardized(dim: int) -> Callable[[Tensor], Tensor]:
+    def apply(x: Tensor) -> Tensor:
+        rows = x.movedim(dim, 0).flatten(1).numpy()
+        return (
+            torch.from_numpy(scipy.stats.zscore(rows, axis=1))
+            .reshape(x.movedim(dim, 0).shape)
+            .movedim(0, dim)
+        )
+
+    return apply
+
+
+def _almost_orthogonal(m):
+    return m / np.sqrt(abs(m.T @ m).sum(1))
+
+
+def _perron(m):
+    return m / np.sqrt(np.linalg.eigvalsh(abs(m.T @ m))[-1])
+
+
+def _sinkhorn(m):
+    m = np.exp(m)
+    for _ in range(500):
+        m = m / m.sum(1, keepdims=True)
+        m = m / m.sum(0, keepdims=True)
+    return m
 
 
 def triple(raw: Tensor) -> Tensor:
@@ -355,6 +443,61 @@ CASES = [
             (Kronecker((2, 3)), ((4, 6), (2, 6), (4, 3), (2, 6, 6)), _kronecker(2, 3)),
             (Kronecker((1, 1)), ((1, 1), (2, 3)), _kronecker(1, 1)),
         )
+    ),
+    *(
+        Case(WeightStandardization(dim), shapes, _standardized(dim), _standardized(dim))
+        for dim, shapes in ((0, ((4, 3), (3, 5), (2, 3, 2, 2), (1, 2))), (1, ((2, 3, 2),)))
+    ),
+    Case(LInfLipschitz(), ((4, 3), (3, 5), (2, 3, 2, 2), (1, 1))),
+    Case(
+        AOL(),
+        ((4, 4), (5, 3), (3, 5), (1, 1)),
+        _numpy(_almost_orthogonal),
+        _numpy(_perron),
+    ),
+    Case(DoublyStochastic(), ((4, 4), (2, 3, 3), (1, 1)), _numpy(_sinkhorn)),
+    Case(DoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2))),
+    Case(DoRA(rank=1), ((1, 1), (1, 3))),
+    Case(IA3(), ((4, 3), (5,), (2, 3, 2, 2), (1, 1)), complex=True),
+    Case(IA3(dim=1), ((4, 3), (2, 3, 2)), complex=True),
+    *(
+        Case(Ternary(dim=dim), shapes, levels, levels, straight_through=lambda x, _: x)
+        for dim, shapes, levels in (
+            (None, ((3, 4), (5,), (2, 3, 2, 2), (1, 1), ()), _ternary),
+            (0, ((3, 4), (2, 3, 2)), _each_row(_ternary)),
+            (-1, ((3, 4),), _each_column(_ternary)),
+        )
+    ),
+    *(
+        Case(FakeQuantize(bits, dim=dim), shapes, levels, levels, straight_through=_clipped(bits))
+        for bits, dim, shapes, levels in (
+            (8, None, ((3, 4), (5,), (2, 3, 2, 2), (1, 1)), _quantized(8)),
+            (4, 0, ((3, 4), (2, 3, 2)), _each_row(_quantized(4))),
+        )
+    ),
+    Case(
+        FakeQuantize(bits=3, symmetric=False),
+        ((3, 4), (5,), (2, 3, 2, 2)),
+        _quantized_from_zero(3),
+        _quantized_from_zero(3),
+        straight_through=lambda x, s: torch.maximum(
+            torch.minimum(x, s["scale"] * (7.5 - s["zero_point"])),
+            s["scale"] * (-0.5 - s["zero_point"]),
+        ),
+    ),
+    Case(Affine(scale=-2.0, shift=0.5), (*ANY, ()), complex=True, log_det=lambda x: x),
+    Case(Reshape((6, 2), (3, 4)), ((3, 4), (2, 3, 4)), complex=True, log_det=lambda x: x),
+    Case(Reshape((), (1, 1)), ((1, 1),), complex=True, log_det=lambda x: x),
+    Case(Permute((2, 0, -2)), ((2, 3, 4), (1, 1, 1)), complex=True, log_det=lambda x: x),
+    Case(Transpose(), MATRICES, complex=True, log_det=lambda x: x),
+    Case(Transpose(0, -1), ((2, 3, 4),), complex=True, log_det=lambda x: x),
+    Case(
+        Chain(Symmetric(), Reshape((4, 4), (2, 8)), Transpose()),
+        ((8, 2),),
+        lambda x: (x.mT.reshape(4, 4) + x.mT.reshape(4, 4).mT).reshape(2, 8).mT,
+        complex=True,
+        log_det=lambda x: x[torch.ones_like(x).triu() == 1],
+        free_of_value=lambda x: x.mT.reshape(4, 4)[torch.ones(4, 4).triu() == 1],
     ),
     Case(Frozen(), ANY, complex=True),
     Case(

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite, prod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms._base import State, Transform, expect_dim
+from funcparam.transforms._precision import full_precision
+
+
+@final
+@dataclass(frozen=True)
+class Affine(Transform[Tensor]):
+    r"""A value that is scaled and shifted: `W = shift + scale X`.
+
+    Raw has the shape of the value. State `{"scale", "shift"}` holds the two as scalars, so that
+    they can be changed or swept with `vmap`; `scale` and `shift` here are what init writes
+    there. Real and complex. The right inverse is exact. Log-determinant: `log |scale|` for each
+    entry, twice that for each complex one.
+
+    Args:
+        scale: the factor, finite and not 0.
+        shift: the offset, finite.
+
+    Raises:
+        ValueError: `scale` or `shift` is not finite, or `scale` is 0.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Affine
+        >>> raw, state = Affine(scale=2.0, shift=1.0).right_inverse(torch.tensor([1.0, 5.0]))
+        >>> raw
+        tensor([0., 2.])
+
+    Source: `torch.distributions.transforms.AffineTransform`.
+    """
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.scale) and isfinite(self.shift) and self.scale != 0):
+            raise ValueError(
+                "Affine expects a finite shift and a finite scale that is not 0;"
+                f" got scale={self.scale}, shift={self.shift}"
+            )
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return state["shift"] + state["scale"] * raw
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        state = {
+            "scale": value.real.new_full((), self.scale),
+            "shift": value.real.new_full((), self.shift),
+        }
+        return (value - state["shift"]) / state["scale"], state
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Zero: every tensor is a scaled and shifted one."""
+        return value.real.new_zeros(())
+
+    @full_precision
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        coordinates = raw.numel() * (2 if raw.is_complex() else 1)
+        return coordinates * state["scale"].abs().log()
+
+
+@final
+@dataclass(frozen=True)
+class Reshape(Transform[Tensor]):
+    """Raw of another shape with the same entries: `W = X.reshape(out_shape)`.
+
+    For a transform behind which the shape is not the weight's, as an orthogonal matrix for the
+    kernel of a convolution: `Chain(Orthogonal(), Reshape((8, 27), (8, 3, 3, 3)))`. Raw has
+    `in_shape` and the value `out_shape`, both behind equal batch dimensions if there are any.
+    Real and complex. Every value is kept exactly; the log-determinant is 0.
+
+    Args:
+        in_shape: the shape of raw.
+        out_shape: the shape of the value.
+
+    Raises:
+        ValueError: the shapes have different numbers of entries; at `fp.parametrize`, if the
+            value's shape does not end in `out_shape`.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Reshape
+        >>> Reshape((4,), (2, 2)).forward(torch.tensor([1.0, 2.0, 3.0, 4.0]), {})
+        tensor([[1., 2.],
+                [3., 4.]])
+
+    Source: `torch.distributions.transforms.ReshapeTransform`.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "in_shape", tuple(self.in_shape))
+        object.__setattr__(self, "out_shape", tuple(self.out_shape))
+        sides = (*self.in_shape, *self.out_shape)
+        if min(sides, default=0) < 0 or prod(self.in_shape) != prod(self.out_shape):
+            raise ValueError(
+                "Reshape expects two shapes with equally many entries;"
+                f" got in_shape={self.in_shape}, out_shape={self.out_shape}"
+            )
+
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        batch = raw.shape[: raw.ndim - len(self.in_shape)]
+        return raw.reshape(batch + self.out_shape)
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        batch = value.shape[: value.ndim - len(self.out_shape)]
+        return value.reshape(batch + self.in_shape), {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Zero: entries are kept as they are."""
+        return value.real.new_zeros(())
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        """Zero: entries are kept as they are."""
+        return raw.real.new_zeros(())
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        start = value.ndim - len(self.out_shape)
+        if start < 0 or value.shape[start:] != self.out_shape:
+            raise ValueError(
+                f"{self!r} expects a shape that ends in {self.out_shape};"
+                f" got shape {tuple(value.shape)}"
+            )
+
+
+@final
+@dataclass(frozen=True)
+class Permute(Transform[Tensor]):
+    """Raw with its dimensions in another order: `W = X.permute(dims)`.
+
+    Real and complex. Every value is kept exactly; the log-determinant is 0.
+
+    Args:
+        dims: a permutation of the dimensions. Negative ones count from the end.
+
+    Raises:
+        ValueError: `dims` is not a permutation; at `fp.parametrize`, if the value has another
+            number of dimensions.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Permute
+        >>> raw, state = Permute((1, 2, 0)).right_inverse(torch.ones(3, 4, 5))
+        >>> raw.shape
+        torch.Size([5, 3, 4])
+
+    Source: `torch.permute`.
+    """
+
+    dims: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", tuple(self.dims))
+        n = len(self.dims)
+        if sorted(d % n if -n <= d < n else n for d in self.dims) != list(range(n)):
+            raise ValueError(f"Permute expects each dimension once; got {self.dims}")
+
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return raw.permute(self.dims)
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        order = [d % len(self.dims) for d in self.dims]
+        return value.permute([order.index(d) for d in range(len(order))]), {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Zero: entries are kept as they are."""
+        return value.real.new_zeros(())
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        """Zero: entries are kept as they are."""
+        return raw.real.new_zeros(())
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        if value.ndim != len(self.dims):
+            raise ValueError(
+                f"{self!r} expects {len(self.dims)} dimensions; got shape {tuple(value.shape)}"
+            )
+
+
+@final
+@dataclass(frozen=True)
+class Transpose(Transform[Tensor]):
+    """Raw with two dimensions exchanged: `W = X.transpose(dim0, dim1)`.
+
+    For transforms that take one side of a matrix for the other, as in
+    `Chain(Simplex(), Transpose())`, whose columns sum to 1. Real and complex. Every value is
+    kept exactly; the log-determinant is 0.
+
+    Args:
+        dim0: a dimension. Negative ones count from the end.
+        dim1: the one to exchange it with.
+
+    Raises:
+        ValueError: at `fp.parametrize`, if the value lacks one of the dimensions.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Transpose
+        >>> Transpose().forward(torch.tensor([[1.0, 2.0]]), {})
+        tensor([[1.],
+                [2.]])
+
+    Source: `torch.transpose`.
+    """
+
+    dim0: int = -2
+    dim1: int = -1
+
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return raw.transpose(self.dim0, self.dim1)
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        return value.transpose(self.dim0, self.dim1), {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Zero: entries are kept as they are."""
+        return value.real.new_zeros(())
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        """Zero: entries are kept as they are."""
+        return raw.real.new_zeros(())
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_dim(self, value, self.dim0)
+        expect_dim(self, value, self.dim1)

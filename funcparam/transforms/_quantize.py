@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms._base import State, Transform, largest
+from funcparam.transforms._precision import full_precision
+from funcparam.transforms._slices import expect_slices, other_dims
+
+
+@final
+@dataclass(frozen=True)
+class Ternary(Transform[Tensor]):
+    r"""Weights of three levels: minus a length, zero, and plus that length.
+
+    $$W_i = \alpha \operatorname{sign}(X_i) [\lvert X_i \rvert > \Delta], \qquad
+    \Delta = t \operatorname{mean} \lvert X \rvert, \qquad
+    \alpha = \operatorname{mean}_{\lvert X_i \rvert > \Delta} \lvert X_i \rvert$$
+
+    Raw has the shape of the value. Real dtypes. A value of such levels is kept; any other goes
+    to those that the formula gives for it.
+
+    The derivative is straight through, that of `W = X`: the true one is 0 almost everywhere.
+
+    Args:
+        threshold: `t`, at least 0 and below 1. With 0 every entry but exact zeros keeps a sign.
+        dim: the dimension that has its own levels for each index; None: one for the whole
+            tensor, as in the paper. Negative ones count from the end.
+
+    Raises:
+        ValueError: `threshold` is not in [0, 1); at `fp.parametrize`, if the value is not real
+            or has no dimension `dim`
+            with more than one entry at each index.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Ternary
+        >>> Ternary().forward(torch.tensor([-3.0, 0.1, 1.0]), {})
+        tensor([-2.,  0.,  2.])
+
+    Source: Li et al., Ternary weight networks, arXiv 1605.04711, equations 5 and 6.
+    """
+
+    threshold: float = 0.7
+    dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"Ternary expects 0 <= threshold < 1; got {self.threshold}")
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return _straight_through(self._levels(raw), raw)
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        return value, {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest distance of an entry from its level."""
+        return largest(value - self._levels(value))
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(_piecewise_constant(self))
+
+    def check(self, value: Tensor) -> None:
+        expect_slices(self, value, self.dim)
+
+    def _levels(self, X: Tensor) -> Tensor:
+        dims = other_dims(X, self.dim)
+        size = X.abs()
+        above = size > self.threshold * size.mean(dims, keepdim=True)
+        total = torch.where(above, size, 0).sum(dims, keepdim=True)
+        alpha = total / above.sum(dims, keepdim=True).clamp_min(1)
+        return torch.where(above, alpha * X.sign(), 0)
+
+
+@final
+@dataclass(frozen=True)
+class FakeQuantize(Transform[Tensor]):
+    r"""Weights rounded to the levels of an integer format, for training that knows of it.
+
+    $$W = s \left(\operatorname{clamp}(\operatorname{round}(X / s) + z, q_{\min}, q_{\max})
+    - z\right)$$
+
+    Raw has the shape of the value. State `{"scale", "zero_point"}` holds `s` and `z` as tensors
+    of the value's dtype: scalars, or with `dim` one for each index. Real dtypes. Init takes them
+    from the range of the value. Symmetric: `z = 0` and the largest |entry| is at an end of the
+    integers `-2^(bits - 1) + 1 ... 2^(bits - 1) - 1`. Otherwise, as PyTorch's min-max observer
+    does: the least range that has all entries and 0 in it, on the integers `0 ... 2^bits - 1`.
+    A value on such a grid that reaches its ends is kept; any other is rounded to its own.
+
+    The derivative is straight through: round counts as the identity. So it is 1 with respect to
+    raw inside the range and 0 outside, as `torch.fake_quantize_per_tensor_affine` has it, and
+    with respect to the scale it is that of learned step size quantization.
+
+    Args:
+        bits: the width of the integers, from 2 to 8, so that half precision counts to them.
+        symmetric: whether `z = 0`.
+        dim: the dimension that has its own scale for each index, 0 for PyTorch's per-channel
+            scheme; None: one for the whole tensor. Negative ones count from the end.
+
+    Raises:
+        ValueError: `bits` is not from 2 to 8; at `fp.parametrize`, if the value is
+            not real or has no dimension `dim`
+            with more than one entry at each index.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import FakeQuantize
+        >>> raw, state = FakeQuantize(bits=2).right_inverse(torch.tensor([-0.7, 0.2, 1.0]))
+        >>> FakeQuantize(bits=2).forward(raw, state)
+        tensor([-1.,  0.,  1.])
+
+    Source: Jacob et al., arXiv 1712.05877, equation 12; Esser et al., arXiv 1902.08153, equation
+    3 (the scale's derivative).
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"FakeQuantize expects 2 <= bits <= 8; got {self.bits}")
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        scale, zero_point = self._aligned(raw, state["scale"], state["zero_point"])
+        steps = raw / scale
+        rounded = _straight_through(steps.round(), steps)
+        low, high = self._range()
+        return scale * ((rounded + zero_point).clamp(low, high) - zero_point)
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        dims = other_dims(value, self.dim)
+        low, high = self._range()
+        if not value.numel():
+            ends = value.sum(dims), value.sum(dims)
+        else:
+            ends = value.detach().amin(dims).clamp_max(0), value.detach().amax(dims).clamp_min(0)
+        if self.symmetric:
+            scale = torch.maximum(-ends[0], ends[1]) / high
+        else:
+            scale = (ends[1] - ends[0]) / (high - low)
+        # zeros are on every grid
+        scale = torch.where(scale >= torch.finfo(scale.dtype).tiny, scale, 1)
+        zero_point = torch.zeros_like(scale) if self.symmetric else -(ends[0] / scale).round()
+        return value, {"scale": scale, "zero_point": zero_point}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest distance of an entry from the grid in state, or its own without one."""
+        if "scale" not in state:
+            _, state = self.right_inverse(value)
+        return largest(value - self.forward(value, state))
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(_piecewise_constant(self))
+
+    def check(self, value: Tensor) -> None:
+        expect_slices(self, value, self.dim)
+
+    def _range(self) -> tuple[int, int]:
+        if self.symmetric:
+            return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
+        return 0, 2**self.bits - 1
+
+    def _aligned(self, raw: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Give tensors with one entry for each index of `dim` the shape to go with raw."""
+        if self.dim is None:
+            return tensors
+        behind = raw.ndim - 1 - self.dim % raw.ndim
+        return tuple(tensor.reshape(-1, *[1] * behind) for tensor in tensors)
+
+
+def _straight_through(value: Tensor, like: Tensor) -> Tensor:
+    """`value` to the last bit, with the derivative of `like`."""
+    return value.detach() + (like - like.detach())
+
+
+def _piecewise_constant(transform: Transform[Tensor]) -> str:
+    return f"{transform!r} has no log_abs_det_jacobian: it is constant almost everywhere"

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms._base import (
+    State,
+    Transform,
+    expect_all,
+    expect_real,
+    expect_square,
+    largest,
+)
+from funcparam.transforms._precision import full_precision
+
+
+@final
+@dataclass(frozen=True)
+class DoublyStochastic(Transform[Tensor]):
+    r"""Matrices of entries that are not negative, whose rows and columns sum to 1.
+
+    $$W = R(S^k(X)), \qquad S: \; L \leftarrow L - \operatorname{logsumexp}_j L, \quad
+    L \leftarrow L - \operatorname{logsumexp}_i L$$
+
+    Raw has the shape of the value, `(..., n, n)`, and holds logarithms. `k` steps of Sinkhorn's
+    iteration scale rows and columns; `R` takes the exponential and rounds it to the constraint:
+    rows, then columns, that sum to more than 1 are divided by their sum, and a matrix of rank 1
+    adds what is missing. So the sums are 1 to rounding for every raw, however far from converged
+    the iteration is. Real dtypes.
+
+    A doubly stochastic value is kept: raw is its logarithm, with zeros as the least normal
+    number. Any other value that is not negative goes to the limit of Sinkhorn's iteration, the
+    nearest doubly stochastic matrix in relative entropy, as far as the steps reach.
+
+    Args:
+        iterations: the number of steps `k`, positive. The closer `exp(X)` is to a permutation,
+            the more are needed to converge.
+
+    Raises:
+        ValueError: `iterations` is not positive; at `fp.parametrize`, if the value is not square
+            or not real; at init, if an entry is negative.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import DoublyStochastic
+        >>> DoublyStochastic().forward(torch.tensor([[0.0, 0.0], [0.0, 2.0]]), {})
+        tensor([[0.7311, 0.2689],
+                [0.2689, 0.7311]])
+
+    Source: Mena et al., Learning latent permutations with Gumbel-Sinkhorn networks,
+    arXiv 1802.08665, section 2; Altschuler et al., arXiv 1705.09634, algorithm 2 (rounding).
+    """
+
+    iterations: int = 20
+
+    def __post_init__(self) -> None:
+        if self.iterations <= 0:
+            raise ValueError(
+                f"DoublyStochastic expects iterations to be positive; got {self.iterations}"
+            )
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        logs = raw
+        for _ in range(self.iterations):
+            logs = logs - logs.logsumexp(-1, keepdim=True)
+            logs = logs - logs.logsumexp(-2, keepdim=True)
+        return _rounded(logs.exp())
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        expect_all(
+            self, value >= 0, "expects no negative entry; clamp the value or exponentiate it first"
+        )
+        return value.clamp_min(torch.finfo(value.dtype).tiny).log(), {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """The largest |row sum - 1|, |column sum - 1| or -entry."""
+        rows, columns = largest(value.sum(-1) - 1), largest(value.sum(-2) - 1)
+        return torch.stack([rows, columns, largest(value.clamp_max(0))]).amax()
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(
+            f"{self!r} has no log_abs_det_jacobian: factors of rows and columns are lost, so its"
+            " Jacobian is singular"
+        )
+
+    def check(self, value: Tensor) -> None:
+        expect_real(self, value)
+        expect_square(self, value)
+
+
+def _rounded(plan: Tensor) -> Tensor:
+    """Bring row and column sums to 1."""
+    plan = plan / plan.sum(-1, keepdim=True).clamp_min(1)
+    plan = plan / plan.sum(-2, keepdim=True).clamp_min(1)
+    rows = (1 - plan.sum(-1, keepdim=True)).clamp_min(0)
+    columns = (1 - plan.sum(-2, keepdim=True)).clamp_min(0)
+    missing = rows.sum(-2, keepdim=True).clamp_min(torch.finfo(plan.dtype).eps)
+    return plan + rows * (columns / missing)

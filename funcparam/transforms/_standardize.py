@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms._base import State, Transform, largest
+from funcparam.transforms._linalg import linalg
+from funcparam.transforms._precision import full_precision
+from funcparam.transforms._slices import expect_slices, other_dims
+
+
+@final
+@dataclass(frozen=True)
+class WeightStandardization(Transform[Tensor]):
+    r"""Weights of mean 0 and variance 1 for each output.
+
+    $$W = \frac{X - \mu}{\max(\sigma, \epsilon)}, \qquad \mu = \operatorname{mean} X, \qquad
+    \sigma = \sqrt{\operatorname{mean} (X - \mu)^2}$$
+
+    The means run over all dimensions but `dim`. Raw has the shape of the value. Real dtypes. A
+    value of mean 0 and variance 1 is kept; any other is standardized, the nearest such value in
+    direction and scale. What does not vary becomes 0.
+
+    `eps` bounds the deviation from below instead of being added to it, so that a standardized
+    weight stays as it is. Elsewhere the two differ by the order of `eps`.
+
+    Args:
+        dim: the dimension of outputs: 0 for Linear and Conv, 1 for ConvTranspose.
+        eps: lower bound of the deviation.
+
+    Raises:
+        ValueError: `eps` is not positive; at `fp.parametrize`, if the value is not real or has
+            no dimension `dim` with more than one entry at each index.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import WeightStandardization
+        >>> WeightStandardization().forward(torch.tensor([[1.0, 3.0], [5.0, 4.0]]), {})
+        tensor([[-1.,  1.],
+                [ 1., -1.]])
+
+    Source: Qiao et al., Micro-batch training with batch-channel normalization and weight
+    standardization, arXiv 1903.10520, equations 8 and 9.
+    """
+
+    dim: int = 0
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise ValueError(f"WeightStandardization expects eps to be positive; got {self.eps}")
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        centred = raw - self._mean(raw)
+        centred = centred - self._mean(centred)  # what a large mean left behind by rounding
+        return centred / self._deviation(centred).clamp_min(self.eps)
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        return value, {}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """The largest |mean| or |deviation - 1|."""
+        mean = self._mean(value)
+        deviation = self._deviation(value - mean)
+        return torch.maximum(largest(mean), largest(deviation - 1))
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(
+            f"{self!r} has no log_abs_det_jacobian: the mean and scale of raw are lost, so its"
+            " Jacobian is singular"
+        )
+
+    def check(self, value: Tensor) -> None:
+        expect_slices(self, value, self.dim)
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        return tensor.mean(other_dims(tensor, self.dim), keepdim=True)
+
+    def _deviation(self, centred: Tensor) -> Tensor:
+        norm: Tensor = linalg.vector_norm(centred, dim=other_dims(centred, self.dim), keepdim=True)
+        return norm / sqrt(max(centred.numel() // max(norm.numel(), 1), 1))
