@@ -43,6 +43,14 @@ types: $(READY) ## Check types, strictly
 docs: $(READY) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+.PHONY: conformance
+conformance: $(READY) ## Run PyTorch's own tests against compat; FILE=its test_parametrization.py
+	$(BIN)/python tests/conformance.py $(FILE) $(ARGS)
+
+.PHONY: bench-compat
+bench-compat: $(READY) ## Measure compat beside torch's own module
+	$(BIN)/python benchmarks/compat.py
+
 .PHONY: bench-quick
 bench-quick: $(READY) ## Measure the cost of evaluating a parametrization
 	$(BIN)/python benchmarks/evaluation.py

@@ -20,6 +20,8 @@ _MAPS = ("matrix_exp", "cayley", "householder")
 class OrthogonalModule(TransformModule):
     """Orthogonal, with raw as in torch's checkpoints: the diagonal of a raw matrix is sign only."""
 
+    base: Tensor | None
+
     def __init__(self, transform: Orthogonal, shape: torch.Size) -> None:
         super().__init__(transform, {"base": "base"} if transform.trivialize else None)
         self.shape = shape
