@@ -100,8 +100,17 @@ class Chain(Transform[Any]):
         return total
 
     def check(self, value: Tensor) -> None:
-        for part in self.parts:
+        # each part is asked about what it is to return, whose shape the ones after it may change
+        for i, part in reversed(list(enumerate(self.parts))):
             part.check(value)
+            if i == 0:
+                return
+            try:
+                raw, _ = part.right_inverse(torch.empty_like(value, device="meta"))
+            except NotImplementedError:  # no right inverse: raw is like the value
+                continue
+            if isinstance(raw, Tensor):  # else right_inverse says what is wrong
+                value = raw
 
     def _each(self, state: State) -> Iterator[tuple[AnyTransform, State]]:
         for i, part in enumerate(self.parts):
