@@ -64,7 +64,7 @@ class _Shared(type):
     """Refuses what torch's own functions would do to a class that instances share."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        if not name.startswith("__"):
+        if isinstance(value, property):  # what torch's registration would set
             raise _refuse_change(name)
         super().__setattr__(name, value)
 

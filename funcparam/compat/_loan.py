@@ -17,9 +17,10 @@ class Loan:
     The alias shares the value's version counter but not its graph, and goes when the value goes.
     """
 
-    __slots__ = ("_alias", "_node", "_value", "_version", "written")
+    __slots__ = ("_alias", "_node", "_raw", "_value", "_version", "written")
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Tensor, held: nn.Module) -> None:
+        self._raw = _versions(held)
         self._alias: Tensor | None = value.detach()
         self._version = _private.version(value)
         self._node = value.grad_fn
@@ -43,7 +44,12 @@ class Loan:
         return _private.version(tensor) != self._version
 
     def is_written(self, held: nn.Module) -> bool:
-        """Whether the value was written to, in place and behind autograd's back."""
+        """Whether the value was written to, in place and behind autograd's back.
+
+        Not if raw was, too: what is in raw now counts, a loaded checkpoint for one.
+        """
+        if _versions(held) != self._raw:
+            return False
         value = self._value and self._value()
         if value is None:
             return self.written
@@ -65,7 +71,11 @@ def lend(value: Tensor, held: nn.Module) -> Loan | None:
         return None
     if value.grad_fn is None and _is_held(value, held):
         return None
-    return Loan(value)
+    return Loan(value, held)
+
+
+def _versions(held: nn.Module) -> tuple[int, ...]:
+    return tuple(map(_private.version, held.parameters()))
 
 
 def _is_held(value: Tensor, held: nn.Module) -> bool:

@@ -291,6 +291,15 @@ def test_problem_5_init_of_the_computed_value_has_an_effect(both):
     assert orthogonality(layer.weight) < 1e-5
 
 
+def test_problem_5_raw_that_is_set_after_a_write_counts():
+    layer = functions.weight_norm(linear())
+    saved = copy.deepcopy(layer.state_dict())
+    expected = layer.weight.detach().clone()
+    nn.init.ones_(layer.weight)
+    layer.load_state_dict(saved)
+    assert_close(layer.weight.detach(), expected)
+
+
 def test_problem_5_a_write_that_cannot_have_an_effect_is_refused():
     layer = api.register_parametrization(linear(), "weight", torch.exp)
     nn.init.zeros_(layer.weight)
