@@ -75,7 +75,7 @@ def lend(value: Tensor, held: nn.Module) -> Loan | None:
 
 
 def _versions(held: nn.Module) -> tuple[int, ...]:
-    return tuple(map(_private.version, held.parameters()))
+    return tuple(map(_private.version, vars(held)["_parameters"].values()))
 
 
 def _is_held(value: Tensor, held: nn.Module) -> bool:
