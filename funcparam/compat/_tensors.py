@@ -20,13 +20,18 @@ def register(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def put(dest: Tensor, src: Tensor) -> None:
     """Give `dest` the data of `src` and let it be the same object, which optimizers know."""
-    if torch.__future__.get_swap_module_params_on_conversion() or _private.is_wrapper_subclass(
-        dest
-    ):
-        if isinstance(dest, nn.Parameter) and not isinstance(src, nn.Parameter):
-            src = nn.Parameter(src, requires_grad=dest.requires_grad)
-        torch.utils.swap_tensors(dest, src)
-    else:
+    wrapper = _private.is_wrapper_subclass(dest)
+    if not wrapper and not torch.__future__.get_swap_module_params_on_conversion():
+        dest.set_(src)  # pyright: ignore[reportArgumentType]
+        return
+    new = src
+    if isinstance(dest, nn.Parameter) and not isinstance(src, nn.Parameter):
+        new = nn.Parameter(src, requires_grad=dest.requires_grad)
+    try:
+        torch.utils.swap_tensors(dest, new)
+    except RuntimeError:  # a compiler, for one, holds weak references to what it has traced
+        if wrapper:
+            raise
         dest.set_(src)  # pyright: ignore[reportArgumentType]
 
 
