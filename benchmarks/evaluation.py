@@ -8,6 +8,7 @@ ratio of the medians with its quartiles. The maps are those of the library in bo
 """
 
 import argparse
+import itertools
 import platform
 import statistics
 import time
@@ -36,6 +37,12 @@ def by_hand_orthogonal(raw, state, names):
     return values
 
 
+def by_hand_mixed(raw, state, names):
+    orthogonal = [name for name in names if isinstance(raw[name], torch.Tensor)]
+    normed = [name for name in names if not isinstance(raw[name], torch.Tensor)]
+    return by_hand(by_hand_orthogonal(raw, state, orthogonal), state, normed)
+
+
 def median_times(functions, rounds):
     """Times of each function, alternating, in microseconds."""
     times = [[] for _ in functions]
@@ -47,10 +54,10 @@ def median_times(functions, rounds):
     return times
 
 
-def compare(transform, hand, leaves, chosen, width, rounds):
+def compare(transforms, hand, leaves, chosen, width, rounds):
     tree = {f"layer.{i}.weight": torch.randn(width, width) for i in range(leaves)}
     names = list(tree)[:: leaves // chosen][:chosen]
-    p = fp.parametrize(tree, dict.fromkeys(names, transform))
+    p = fp.parametrize(tree, dict(zip(names, itertools.cycle(transforms))))  # noqa: B905
     raw, state = p.init(tree)
     for tensors in raw.values():
         for tensor in [tensors] if isinstance(tensors, torch.Tensor) else tensors.values():
@@ -62,7 +69,7 @@ def compare(transform, hand, leaves, chosen, width, rounds):
     quartiles = statistics.quantiles([b / a for a, b in zip(by, ours, strict=True)])
     ratio = statistics.median(ours) / statistics.median(by)
     print(
-        f"| {transform!r} | {width} | {leaves} | {chosen} | {statistics.median(by):.0f} |"
+        f"| {' and '.join(map(repr, transforms))} | {width} | {leaves} | {chosen} | {statistics.median(by):.0f} |"
         f" {statistics.median(ours):.0f} | {ratio:.2f} |"
         f" {quartiles[0]:.2f} to {quartiles[2]:.2f} |",
         flush=True,
@@ -81,9 +88,12 @@ def main():
         for leaves, chosen in ((10, 2), (100, 10), (1000, 100)):
             if width == 1024 and leaves == 1000:
                 continue  # 4 GB of weights
-            compare(WeightNorm(), by_hand, leaves, chosen, width, rounds)
+            compare([WeightNorm()], by_hand, leaves, chosen, width, rounds)
     for leaves, chosen in ((10, 2), (100, 10), (1000, 100)):
-        compare(Orthogonal("cayley"), by_hand_orthogonal, leaves, chosen, 64, rounds)
+        compare([Orthogonal("cayley")], by_hand_orthogonal, leaves, chosen, 64, rounds)
+    for leaves, chosen in ((10, 2), (100, 10), (1000, 100)):
+        maps = [WeightNorm(), Orthogonal("cayley")]
+        compare(maps, by_hand_mixed, leaves, chosen, 128, rounds)
 
 
 if __name__ == "__main__":

@@ -37,18 +37,20 @@ def read(module: nn.Module, name: str) -> Tensor:
     held = _list(module, name)
     if torch.compiler.is_compiling():
         return _cache.evaluate(held)
-    loans: dict[str, _loan.Loan | None] = own.setdefault(_HANDED_OUT, {})
-    last = loans.get(name)
+    loans: dict[str, _loan.Loan] = own.setdefault(_HANDED_OUT, {})
+    last = loans.pop(name, None)
     if last is not None:
         if last.is_written(held):
-            del loans[name]
             _loan.write_back(module, name, held, last.written_value())
         last.close()
     value = _cache.evaluate(held)
-    if resetting is None:
-        loans[name] = _loan.lend(value, held)
-    else:
+    if resetting is not None:
         resetting[name] = value, value.detach().clone()
+    elif not _private.is_own_method(module, depth=2):
+        # a forward computes with its weight, in place perhaps; others may mean to initialise it
+        loan = _loan.lend(value, held)
+        if loan is not None:
+            loans[name] = loan
     return value
 
 

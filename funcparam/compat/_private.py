@@ -77,6 +77,16 @@ def value_in_exchange(depth: int) -> object | None:
     return frame.f_locals.get("orig_tensor")
 
 
+def is_own_method(module: nn.Module, depth: int) -> bool:
+    """Whether the caller at `depth` is a method of the class of `module`.
+
+    By its code: looking at a frame's locals would keep them alive.
+    """
+    code = sys._getframe(depth + 1).f_code  # pyright: ignore[reportPrivateUsage]
+    method = getattr(type(module), code.co_name, None)
+    return getattr(method, "__code__", None) is code
+
+
 def tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """The dictionaries of a module that a registration changes."""
     own = vars(module)

@@ -291,6 +291,21 @@ def test_problem_5_init_of_the_computed_value_has_an_effect(both):
     assert orthogonality(layer.weight) < 1e-5
 
 
+def test_problem_5_a_forward_may_compute_with_its_weight_in_place(both):
+    register, _, _ = both
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            weight = self.weight
+            weight.mul_(2.0)
+            return torch.nn.functional.linear(x, weight, self.bias)
+
+    torch.manual_seed(0)
+    layer = register.register_parametrization(Scaled(3, 3), "weight", Double())
+    first = layer(torch.ones(1, 3))
+    assert_close(layer(torch.ones(1, 3)), first)
+
+
 def test_problem_5_raw_that_is_set_after_a_write_counts():
     layer = functions.weight_norm(linear())
     saved = copy.deepcopy(layer.state_dict())
