@@ -62,8 +62,8 @@ class DoRA(Transform[Mapping[str, Tensor]]):
         delta = (raw["B"] * state["scale"]) @ raw["A"]
         direction = base.flatten(1) + delta.to(base.dtype)
         norm = _row_norms(direction)
-        length = raw["magnitude"] / torch.where(norm == 0, 1, norm)
-        return (direction * length.unsqueeze(1).to(base.dtype)).reshape(base.shape)
+        unit = direction / torch.where(norm == 0, 1, norm).unsqueeze(1)
+        return (unit * raw["magnitude"].unsqueeze(1).to(base.dtype)).reshape(base.shape)
 
     @full_precision
     def right_inverse(

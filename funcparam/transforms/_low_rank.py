@@ -89,7 +89,7 @@ def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     length = torch.where(noise < S, S, torch.where(top > 0, top, 1)).sqrt()
     A = length.unsqueeze(-1) * Vh[..., :rank, :]
     B = U[..., :rank] * (S / length).unsqueeze(-2)
-    return A, B
+    return A.contiguous(), B.contiguous()  # singular vectors come by columns
 
 
 def singular_value(matrix: Tensor, index: int) -> Tensor:

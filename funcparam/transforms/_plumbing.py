@@ -180,7 +180,8 @@ class Permute(Transform[Tensor]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
         order = [d % len(self.dims) for d in self.dims]
-        return value.permute([order.index(d) for d in range(len(order))]), {}
+        inverse = [order.index(d) for d in range(len(order))]
+        return value.permute(inverse).contiguous(), {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Zero: entries are kept as they are."""
@@ -233,7 +234,7 @@ class Transpose(Transform[Tensor]):
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        return value.transpose(self.dim0, self.dim1), {}
+        return value.transpose(self.dim0, self.dim1).contiguous(), {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Zero: entries are kept as they are."""

@@ -99,7 +99,8 @@ class Toeplitz(Transform[Mapping[str, Tensor]]):
         k = torch.arange(m + n - 1, device=value.device)
         lengths = torch.minimum(torch.minimum(k + 1, m + n - 1 - k), k.new_tensor(min(m, n)))
         means = sums / lengths
-        return {"column": means[..., n - 1 :], "row": means[..., : n - 1].flip(-1)}, {}
+        column, row = means[..., n - 1 :].contiguous(), means[..., : n - 1].flip(-1)
+        return {"column": column, "row": row}, {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the mean of its diagonal."""
@@ -162,7 +163,7 @@ class BlockDiagonal(Transform[Tensor]):
         m, n = value.shape[-2:]
         k = self.blocks
         spread = value.reshape(*value.shape[:-2], k, m // k, k, n // k)
-        return spread.diagonal(dim1=-4, dim2=-2).movedim(-1, -3), {}
+        return spread.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous(), {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |entry| outside of the blocks."""
@@ -189,7 +190,7 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
     "B": (..., m / p, n / q)}`. Real and complex. A Kronecker product is kept; any other value
     goes to the nearest one in the Frobenius norm: rearranged to have a row for each block, it is
     of rank 1 where it is a product, so its largest singular value and vectors are what is kept.
-    Zero starts with `B = 0` and an `A` that is not, so that it trains.
+    Zero starts with `A = 0` and a `B` that is not, so that it trains.
 
     Args:
         left: the shape of `A`, two positive integers.
