@@ -85,6 +85,12 @@ def forget(module: nn.Module, name: str) -> None:
     " raw tensors instead, 'parametrizations.weight.original' in place of 'weight'"
 )
 def _assign_uncompiled(module: nn.Module, name: str, value: Tensor) -> None:
+    if _private.is_traced_exchange():
+        raise RuntimeError(
+            f"torch.func.functional_call puts a value in the place of the parametrized '{name}'"
+            " inside a compiled function, where funcparam.compat cannot use it as it is. Pass the"
+            f" raw tensors instead, under 'parametrizations.{name}.original'"
+        )
     cast("Any", _list(module, name)).right_inverse(value)
 
 

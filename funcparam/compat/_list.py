@@ -184,6 +184,7 @@ class ParametrizationList(nn.ModuleList):
             x = call(*raw) if x is raw else call(x)
         if evolves:
             self._remember(raw)
+            self._expect_training(x)
         return x
 
     def raw(self) -> tuple[Any, ...]:
@@ -196,8 +197,10 @@ class ParametrizationList(nn.ModuleList):
     def _was_stepped(self, raw: tuple[Any, ...]) -> bool:
         """Whether what evolves took its step for these raw tensors.
 
-        A step is due once for each change of raw, not for each read. In a trace no version can be
-        read, and under a `torch.func` transform nothing can be remembered: each read is a step.
+        A step is due once for each change of raw, not for each read: when raw was written to, or
+        a gradient came through the value, since fused optimizers do not count what they write. In
+        a trace no version can be read, and under a `torch.func` transform nothing can be
+        remembered: each read is a step.
         """
         if torch.compiler.is_compiling() or len(self._stepped) != len(raw):
             return False
@@ -214,6 +217,16 @@ class ParametrizationList(nn.ModuleList):
             return
         if all(isinstance(tensor, Tensor) and _private.is_plain(tensor) for tensor in raw):
             self._stepped = tuple((tensor.detach(), _private.version(tensor)) for tensor in raw)
+
+    def _expect_training(self, value: Tensor) -> None:
+        """After a backward through `value` the next step is due."""
+        if torch.compiler.is_compiling() or not _private.is_plain(value):
+            return
+        if value.grad_fn is not None:
+            value.register_hook(self._forget_step)
+
+    def _forget_step(self, _: Tensor) -> None:
+        self._stepped = ()
 
     def _parts(self) -> list[nn.Module]:
         return [part for key, part in self._modules.items() if key.isdigit()]

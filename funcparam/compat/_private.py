@@ -77,6 +77,18 @@ def value_in_exchange(depth: int) -> object | None:
     return frame.f_locals.get("orig_tensor")
 
 
+def is_traced_exchange() -> bool:
+    """Whether `functional_call` assigns to an attribute in a function that was compiled."""
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    for _ in range(12):
+        if frame is None or _SWAP is _MISSING:
+            return False
+        if frame.f_code.co_filename == _SWAP.__code__.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def is_own_method(module: nn.Module, depth: int) -> bool:
     """Whether the caller at `depth` is a method of the class of `module`.
 

@@ -206,9 +206,12 @@ def _plain_tensor(module: nn.Module, name: str, keep_value: bool) -> Tensor:  # 
 
 def _from_several(held: ParametrizationList, value: Tensor) -> Tensor:
     """A parameter with the value: the one that was there before, if it is one of raw."""
-    if not value.requires_grad:
-        return value
+    raws = list(held.parameters(recurse=False))
     value = value.detach()
+    if not raws:
+        return value
+    if not any(parameter.requires_grad for parameter in raws):
+        return nn.Parameter(value, requires_grad=False)
     before = getattr(held, "before", None)
     raw = None if before is None else getattr(held, before)
     if torch.__future__.get_swap_module_params_on_conversion() or not _can_hold(raw, value):

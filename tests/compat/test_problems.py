@@ -355,6 +355,35 @@ def test_problem_8_one_power_iteration_for_each_change_of_raw(both):
     assert not torch.equal(u, layer.parametrizations.weight[0]._u)
 
 
+def test_problem_8_a_fused_optimizer_is_a_change_of_raw(both):
+    _, functions_, _ = both
+    layer = functions_.spectral_norm(linear(8, 8))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
+    layer(torch.ones(1, 8)).square().sum().backward()
+    optimizer.step()
+    u = layer.parametrizations.weight[0]._u.clone()
+    _ = layer.weight
+    assert not torch.equal(u, layer.parametrizations.weight[0]._u)
+
+
+def test_removing_under_no_grad_leaves_a_parameter():
+    layer = functions.weight_norm(linear())
+    with torch.no_grad():
+        api.remove_parametrizations(layer, "weight")
+    assert isinstance(layer.weight, nn.Parameter)
+    assert layer.weight.requires_grad
+
+
+def test_problem_3_in_a_compiled_function_is_refused():
+    layer = functions.orthogonal(linear())
+
+    def call(W):
+        return functional_call(layer, {"weight": W}, (torch.ones(1, 3),)).sum()
+
+    with pytest.raises(RuntimeError, match="Pass the raw tensors instead"):
+        torch.compile(call, backend="eager")(torch.randn(3, 3, requires_grad=True))
+
+
 def test_problem_8_values_are_torchs_with_one_read_a_step():
     traces = []
     for _, functions_ in BOTH.values():
