@@ -17,6 +17,7 @@ from torch import Tensor
 from funcparam.transforms import (
     AOL,
     IA3,
+    OFT,
     Affine,
     BlockDiagonal,
     Cat,
@@ -32,10 +33,12 @@ from funcparam.transforms import (
     Interval,
     Kronecker,
     LInfLipschitz,
+    LoHa,
     LoRA,
     LowerBound,
     LowRank,
     Mask,
+    Monarch,
     Ordered,
     Orthogonal,
     Permute,
@@ -57,6 +60,7 @@ from funcparam.transforms import (
     Triangular,
     UnitNorm,
     UpperBound,
+    VeRA,
     WeightNorm,
     WeightStandardization,
     transform,
@@ -198,6 +202,20 @@ def _block_diagonal(blocks: int) -> Callable[[Any], Any]:
     def nearest(m):
         rows = enumerate(np.split(m, blocks))
         return scipy.linalg.block_diag(*(np.split(row, blocks, axis=1)[i] for i, row in rows))
+
+    return nearest
+
+
+def _monarch(blocks: int) -> Callable[[Any], Any]:
+    """The best rank 1 of every submatrix of rows j, j + b, ... and a block of columns."""
+
+    def nearest(m):
+        out = np.empty_like(m)
+        width = m.shape[1] // blocks
+        for j, k in np.ndindex(blocks, blocks):
+            part = np.s_[j::blocks, k * width : (k + 1) * width]
+            out[part] = _low_rank(1)(m[part])
+        return out
 
     return nearest
 
@@ -442,6 +460,8 @@ CASES = [
             (BlockDiagonal(1), ((1, 1), (2, 3)), _block_diagonal(1)),
             (Kronecker((2, 3)), ((4, 6), (2, 6), (4, 3), (2, 6, 6)), _kronecker(2, 3)),
             (Kronecker((1, 1)), ((1, 1), (2, 3)), _kronecker(1, 1)),
+            (Monarch(2), ((4, 4), (6, 4), (2, 8), (3, 4, 6)), _monarch(2)),
+            (Monarch(1), ((1, 1), (2, 3)), _monarch(1)),
         )
     ),
     *(
@@ -458,6 +478,10 @@ CASES = [
     Case(DoublyStochastic(), ((4, 4), (2, 3, 3), (1, 1)), _numpy(_sinkhorn)),
     Case(DoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2))),
     Case(DoRA(rank=1), ((1, 1), (1, 3))),
+    Case(VeRA(rank=3), ((4, 4), (5, 3), (3, 2, 2, 2), (1, 1)), complex=True),
+    Case(LoHa(rank=2, alpha=3.0), ((4, 4), (5, 6), (3, 2, 2, 2), (1, 1)), complex=True),
+    Case(OFT(blocks=2), ((4, 4), (3, 6), (3, 2, 2, 2)), complex=True),
+    Case(OFT(blocks=1), ((3, 2), (1, 1)), complex=True),
     Case(IA3(), ((4, 3), (5,), (2, 3, 2, 2), (1, 1)), complex=True),
     Case(IA3(dim=1), ((4, 3), (2, 3, 2)), complex=True),
     *(

@@ -12,6 +12,7 @@ import funcparam as fp
 from funcparam.transforms import (
     AOL,
     IA3,
+    OFT,
     Affine,
     BlockDiagonal,
     Chain,
@@ -21,8 +22,10 @@ from funcparam.transforms import (
     FakeQuantize,
     Kronecker,
     LInfLipschitz,
+    LoHa,
     LoRA,
     LowRank,
+    Monarch,
     Orthogonal,
     Permute,
     Reshape,
@@ -31,6 +34,7 @@ from funcparam.transforms import (
     Ternary,
     Toeplitz,
     Transpose,
+    VeRA,
     WeightStandardization,
 )
 
@@ -211,6 +215,55 @@ def test_ia3_scales_outputs_or_inputs():
         IA3().violation(value, {})
 
 
+def test_adapters_equal_pefts_other_formulas():
+    W = randn(4, 6)
+    raw, state = VeRA(3).right_inverse(W)
+    raw = {name: randn(*t.shape) for name, t in raw.items()}
+    A, B = state["A"], state["B"]
+    expected = W + torch.diag(raw["b"]) @ B @ torch.diag(raw["d"]) @ A
+    close(VeRA(3).forward(raw, state), expected)
+    raw, state = LoHa(2, 3.0).right_inverse(W)
+    raw = {name: randn(*t.shape) for name, t in raw.items()}
+    expected = W + 1.5 * (raw["B1"] @ raw["A1"]) * (raw["B2"] @ raw["A2"])
+    close(LoHa(2, 3.0).forward(raw, state), expected)
+
+
+def test_oft_turns_inputs():
+    W = randn(4, 6)
+    raw, state = OFT(2).right_inverse(W)
+    raw = randn(*raw.shape)
+    A = raw.tril() - raw.tril().mT
+    eye = torch.eye(3, dtype=torch.float64)
+    Q = torch.block_diag(*(torch.linalg.solve(eye - a / 2, eye + a / 2) for a in A))
+    value = OFT(2).forward(raw, state)
+    close(value, W @ Q.mT)
+    assert OFT(2).violation(value, state) < 1e-12
+    assert OFT(2).violation(W + 1, state) > 0.01
+    assert OFT(2).violation(W @ torch.linalg.qr(randn(6, 6)).Q, state) > 0.01
+    with pytest.raises(ValueError, match="expects state with a 'base'"):
+        OFT(2).violation(value, {})
+
+
+def test_violation_of_adapters_is_the_rank_beyond():
+    W = randn(6, 7)
+    for transform, rank in ((VeRA(2), 2), (LoHa(1), 1)):
+        _, state = transform.right_inverse(W)
+        assert transform.violation(W, state) < 1e-12
+        delta = randn(6, 7)
+        expected = scipy.linalg.svdvals(delta.numpy())[rank]
+        assert transform.violation(W + delta, state).item() == pytest.approx(expected)
+        with pytest.raises(ValueError, match="expects state with a 'base'"):
+            transform.violation(W, {})
+
+
+def test_monarch_is_two_block_diagonals_and_permutations():
+    L, R = randn(2, 3, 2), randn(2, 2, 4)
+    x = randn(8)
+    parts = (BlockDiagonal(2).forward(R, {}) @ x).reshape(2, 2).mT.flatten()
+    expected = (BlockDiagonal(2).forward(L, {}) @ parts).reshape(2, 3).mT.flatten()
+    close(Monarch(2).forward({"L": L, "R": R}, {}) @ x, expected)
+
+
 # quantization
 
 
@@ -327,6 +380,10 @@ def test_a_chain_checks_the_shape_that_each_part_returns():
         (lambda: BlockDiagonal(0), "positive number of blocks; got 0"),
         (lambda: Kronecker((2, 0)), "two positive sides"),
         (lambda: Kronecker((2,)), "two positive sides"),
+        (lambda: VeRA(0), "positive rank; got 0"),
+        (lambda: LoHa(0), "positive rank; got 0"),
+        (lambda: OFT(0), "positive number of blocks; got 0"),
+        (lambda: Monarch(0), "positive number of blocks; got 0"),
         (lambda: Ternary(1.0), "0 <= threshold < 1"),
         (lambda: FakeQuantize(1), "2 <= bits <= 8"),
         (lambda: FakeQuantize(9), "2 <= bits <= 8"),
@@ -356,6 +413,10 @@ def test_configuration_is_refused(make, message):
         (Kronecker((2, 3)), (4, 4), r"sides divisible by \(2, 3\); got shape \(4, 4\)"),
         (DoublyStochastic(), (3, 4), "square"),
         (DoRA(3), (4, 2), "both sides at least 3"),
+        (VeRA(1), (4,), "matrix or batch of matrices"),
+        (LoHa(1), (4,), "matrix or batch of matrices"),
+        (OFT(2), (4, 3), "a number of inputs that 2 divides"),
+        (Monarch(2), (4, 3), "both sides divisible by 2"),
         (IA3(dim=1), (4,), "dimension 1"),
         (AOL(), (4, 3, 2), r"expects a matrix; got shape \(4, 3, 2\)"),
         (LInfLipschitz(), (4,), "matrix or batch of matrices"),

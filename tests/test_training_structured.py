@@ -14,6 +14,7 @@ import funcparam as fp
 from funcparam.transforms import (
     AOL,
     IA3,
+    OFT,
     Affine,
     BlockDiagonal,
     Chain,
@@ -23,13 +24,16 @@ from funcparam.transforms import (
     FakeQuantize,
     Kronecker,
     LInfLipschitz,
+    LoHa,
     LowRank,
+    Monarch,
     Orthogonal,
     Permute,
     Reshape,
     Ternary,
     Toeplitz,
     Transpose,
+    VeRA,
     WeightStandardization,
 )
 from tests.test_training_constraints import STEPS, close, trained
@@ -63,6 +67,36 @@ def test_kronecker_approximation():
     best = (scipy.linalg.svdvals(blocks)[1:] ** 2).sum()
     W = trained(Kronecker((2, 4)), randn(6, 8), distance(M))
     close((W - M).square().sum(), best, 1e-8)
+
+
+def test_monarch_approximation():
+    """The least distance is that of the second and later singular values of each slice."""
+    M = randn(6, 8)
+    W = trained(Monarch(2), randn(6, 8), distance(M))
+    slices = M.reshape(3, 2, 2, 4).permute(1, 2, 0, 3).numpy()
+    best = (np.linalg.svd(slices, compute_uv=False)[..., 1:] ** 2).sum()
+    close((W - M).square().sum(), best, 1e-8)
+
+
+def test_scales_of_random_factors_fit_what_they_can_express():
+    base = randn(5, 4)
+    _, state = VeRA(3).right_inverse(base)
+    target = VeRA(3).forward({"b": randn(5), "d": randn(3)}, state)
+    raw = {"b": torch.ones_like(base[:, 0]), "d": torch.ones_like(base[:3, 0])}
+    for part in raw.values():
+        part.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        raw.values(), max_iter=STEPS, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (VeRA(3).forward(raw, state) - target).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    close(VeRA(3).forward(raw, state).detach(), target, 1e-3)
 
 
 def test_circulant_system_identification():
@@ -149,6 +183,11 @@ def test_adapters_find_what_they_can_express():
     scaled = torch.rand(6, 1, dtype=torch.float64) + 0.5
     target = scaled * (base + 0.3 * randn(6, 1) @ randn(1, 5))
     close(trained(DoRA(1), base, distance(target)), target, 1e-5)
+    change = (randn(6, 1) @ randn(1, 5)) * (randn(6, 1) @ randn(1, 5))
+    close(trained(LoHa(1), base, distance(base + change)), base + change, 1e-4)
+    A = 0.3 * randn(5, 5)
+    turned = base @ torch.linalg.matrix_exp(A - A.mT)
+    close(trained(OFT(1), base, distance(turned)), turned, 1e-5)
     close(trained(IA3(), base, distance(scaled * base)), scaled * base, 1e-6)
 
 

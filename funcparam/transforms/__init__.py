@@ -1,6 +1,6 @@
 """Transforms: pure maps from raw tensors to a weight, one family a file."""
 
-from funcparam.transforms._adapters import IA3, DoRA
+from funcparam.transforms._adapters import IA3, OFT, DoRA, LoHa, VeRA
 from funcparam.transforms._base import AnyTransform, Raw, State, Transform
 from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
 from funcparam.transforms._cat import Cat, Stack
@@ -15,6 +15,7 @@ from funcparam.transforms._lipschitz import AOL, LInfLipschitz
 from funcparam.transforms._lora import LoRA
 from funcparam.transforms._low_rank import LowRank
 from funcparam.transforms._mask import Mask
+from funcparam.transforms._monarch import Monarch
 from funcparam.transforms._norm import WeightNorm
 from funcparam.transforms._ordered import Ordered
 from funcparam.transforms._orthogonal import Orthogonal, SpecialOrthogonal
@@ -36,6 +37,7 @@ from funcparam.transforms._triangular import Triangular
 __all__ = [
     "AOL",
     "IA3",
+    "OFT",
     "Affine",
     "AnyTransform",
     "BlockDiagonal",
@@ -52,10 +54,12 @@ __all__ = [
     "Interval",
     "Kronecker",
     "LInfLipschitz",
+    "LoHa",
     "LoRA",
     "LowRank",
     "LowerBound",
     "Mask",
+    "Monarch",
     "Ordered",
     "Orthogonal",
     "PSDLowRank",
@@ -79,6 +83,7 @@ __all__ = [
     "Triangular",
     "UnitNorm",
     "UpperBound",
+    "VeRA",
     "WeightNorm",
     "WeightStandardization",
     "from_constraint",

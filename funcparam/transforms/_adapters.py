@@ -2,14 +2,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor
 
-from funcparam.transforms._base import State, Transform, expect_dim, expect_real, largest
+from funcparam.transforms._base import (
+    AnyTransform,
+    State,
+    Transform,
+    expect_dim,
+    expect_matrix,
+    expect_real,
+    largest,
+)
 from funcparam.transforms._linalg import linalg
-from funcparam.transforms._lora import LoRA
+from funcparam.transforms._lora import LoRA, uniform_factor
+from funcparam.transforms._low_rank import singular_value
+from funcparam.transforms._orthogonal_maps import FRAMES
 from funcparam.transforms._precision import full_precision
 
 
@@ -140,3 +150,224 @@ class IA3(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_dim(self, value, self.dim)
+
+
+@final
+@dataclass(frozen=True)
+class VeRA(Transform[Mapping[str, Tensor]]):
+    r"""A frozen weight plus frozen random factors, of which only scales are trained.
+
+    $$W = W_0 + \operatorname{diag}(b) B \operatorname{diag}(d) A$$
+
+    For a value of shape `(m, ...)`, flattened to a matrix `(m, n)`: raw is `{"b": (m,), "d":
+    (rank,)}`; state is `{"base": W_0, "A": (rank, n), "B": (m, rank)}`. Real and complex. At
+    init `b = 0`, so every value is kept exactly, `d = 0.1`, and `A` and `B` are drawn uniformly
+    as in [`LoRA`][funcparam.transforms.LoRA], with variance `1 / (3 n)` and `1 / (3 rank)`, from
+    `generator` or torch's default one. The paper shares the factors among layers: write the same
+    ones into their states.
+
+    Args:
+        rank: the inner dimension, positive; there is nothing to gain from a small one.
+
+    Raises:
+        ValueError: `rank` is not positive; at `fp.parametrize`, if the value has fewer than two
+            dimensions.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import VeRA
+        >>> raw, state = VeRA(rank=8).right_inverse(torch.eye(2))
+        >>> VeRA(rank=8).forward(raw, state)
+        tensor([[1., 0.],
+                [0., 1.]])
+
+    Source: Kopiczko et al., VeRA, arXiv 2310.11454, equation 2.
+    """
+
+    rank: int
+
+    def __post_init__(self) -> None:
+        if self.rank <= 0:
+            raise ValueError(f"VeRA expects a positive rank; got {self.rank}")
+
+    @full_precision
+    def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        base = state["base"]
+        delta = raw["b"].unsqueeze(1) * ((state["B"] * raw["d"]) @ state["A"])
+        return base + delta.reshape(base.shape).to(base.dtype)
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Mapping[str, Tensor], State]:
+        m, n = value.flatten(1).shape
+        A = uniform_factor(value, self.rank, n, generator)
+        B = uniform_factor(value, m, self.rank, generator)
+        raw = {"b": value.new_zeros(m), "d": value.new_full((self.rank,), 0.1)}
+        return raw, {"base": value, "A": A, "B": B}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest singular value of `value - base` beyond `rank`, which is necessary only."""
+        return _beyond(self, value, state, self.rank)
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_matrix(self, value)
+
+
+@final
+@dataclass(frozen=True)
+class LoHa(Transform[Mapping[str, Tensor]]):
+    r"""A frozen weight plus the entrywise product of two of low rank.
+
+    $$W = W_0 + s \, (B_1 A_1) \odot (B_2 A_2)$$
+
+    For a value of shape `(m, ...)`, flattened to a matrix `(m, n)`: raw is `{"A1", "A2"}`,
+    `(rank, n)`, and `{"B1", "B2"}`, `(m, rank)`; state is `{"base": W_0, "scale": s}` with a
+    scalar `s` that init sets to `alpha / rank`. The product has a rank of up to `rank^2`. Real
+    and complex. At init `B2 = 0`, so every value is kept exactly; the others are drawn from
+    normal distributions, `B1` of deviation 0.1 and the rest 1 as in the reference code, with
+    `generator` or torch's default one.
+
+    Args:
+        rank: the inner dimension, positive.
+        alpha: the numerator of the scale; None takes `rank`, hence scale 1.
+
+    Raises:
+        ValueError: `rank` is not positive; at `fp.parametrize`, if the value has fewer than two
+            dimensions.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import LoHa
+        >>> raw, state = LoHa(rank=2).right_inverse(torch.eye(2))
+        >>> LoHa(rank=2).forward(raw, state)
+        tensor([[1., 0.],
+                [0., 1.]])
+
+    Source: Hyeon-Woo et al., FedPara, arXiv 2108.06098, proposition 1; peft's `LoHaConfig`.
+    """
+
+    rank: int
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank <= 0:
+            raise ValueError(f"LoHa expects a positive rank; got {self.rank}")
+
+    @full_precision
+    def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        base = state["base"]
+        delta = (raw["B1"] @ raw["A1"]) * (raw["B2"] @ raw["A2"]) * state["scale"]
+        return base + delta.reshape(base.shape).to(base.dtype)
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Mapping[str, Tensor], State]:
+        m, n = value.flatten(1).shape
+        scale = (self.rank if self.alpha is None else self.alpha) / self.rank
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=value.dtype, device=value.device)
+
+        raw = {
+            "A1": normal(self.rank, n),
+            "B1": 0.1 * normal(m, self.rank),
+            "A2": normal(self.rank, n),
+            "B2": value.new_zeros(m, self.rank),
+        }
+        return raw, {"base": value, "scale": value.new_full((), scale)}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest singular value of `value - base` beyond `rank**2`, which is necessary only."""
+        return _beyond(self, value, state, self.rank**2)
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_matrix(self, value)
+
+
+def _beyond(transform: AnyTransform, value: Tensor, state: State, rank: int) -> Tensor:
+    if "base" not in state:
+        raise ValueError(f"{transform!r} expects state with a 'base', which is its constraint")
+    delta = (value - state["base"]).flatten(1)
+    return singular_value(delta, min(rank, *delta.shape))
+
+
+@final
+@dataclass(frozen=True)
+class OFT(Transform[Tensor]):
+    r"""Orthogonal finetuning: a frozen weight whose inputs are turned, block by block.
+
+    $$W = W_0 \operatorname{diag}(Q_1, \dots, Q_k)^T, \qquad
+    Q_j = (I - A_j/2)^{-1} (I + A_j/2), \qquad A_j = \operatorname{tril}(X_j) -
+    \operatorname{tril}(X_j)^H$$
+
+    For a value of shape `(m, ...)`, flattened to a matrix `(m, n)`: raw is `X`, `(blocks,
+    n / blocks, n / blocks)`; state is `{"base": W_0}`. Real (orthogonal) and complex (unitary).
+    At init `X = 0`, so every value is kept. `rebase` moves the base to the current value. The
+    angles between the outputs, and their lengths, stay as they are when `blocks` is 1.
+
+    Args:
+        blocks: the number of blocks, positive.
+
+    Raises:
+        ValueError: `blocks` is not positive; at `fp.parametrize`, if the value has fewer than
+            two dimensions or `blocks` does not divide the number of inputs.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import OFT
+        >>> raw, state = OFT(blocks=1).right_inverse(torch.tensor([[3.0, 4.0]]))
+        >>> OFT(blocks=1).forward(raw + 1, state).norm()
+        tensor(5.)
+
+    Source: Qiu et al., Controlling text-to-image diffusion by orthogonal finetuning,
+    arXiv 2306.07280, section 3.
+    """
+
+    blocks: int
+
+    def __post_init__(self) -> None:
+        if self.blocks <= 0:
+            raise ValueError(f"OFT expects a positive number of blocks; got {self.blocks}")
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        base = state["base"]
+        turn = FRAMES["cayley"](raw).to(base.dtype)
+        # The inverse of a large raw is off by its condition. A Newton-Schulz step squares that;
+        # it is the identity on orthogonal matrices, and so needs no derivative.
+        frame = turn.detach()
+        turn = turn + (frame - frame @ (frame.mH @ frame)) / 2
+        turned = self._parts(base) @ turn.mT
+        return turned.transpose(0, 1).reshape(base.shape)
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        side = value.flatten(1).shape[1] // self.blocks
+        return value.new_zeros(self.blocks, side, side), {"base": value}
+
+    def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.right_inverse(self.forward(raw, state))
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest distance of an entry from the nearest turned base, which is the constraint."""
+        if "base" not in state:
+            raise ValueError(f"{self!r} expects state with a 'base', which is its constraint")
+        new, old = self._parts(value), self._parts(state["base"])
+        U, _, Vh = cast("tuple[Tensor, Tensor, Tensor]", linalg.svd(old.mH @ new))
+        return largest(new - old @ (U @ Vh))
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_matrix(self, value)
+        if value.flatten(1).shape[1] % self.blocks:
+            raise ValueError(
+                f"{self!r} expects a number of inputs that {self.blocks} divides;"
+                f" got shape {tuple(value.shape)}, as a matrix {tuple(value.flatten(1).shape)}"
+            )
+
+    def _parts(self, value: Tensor) -> Tensor:
+        """The columns that belong to each block: (blocks, m, n / blocks)."""
+        return value.reshape(value.shape[0], self.blocks, -1).transpose(0, 1)

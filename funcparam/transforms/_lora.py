@@ -66,11 +66,12 @@ class LoRA(Transform[Mapping[str, Tensor]]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
         m, n = value.flatten(1).shape
-        unit = torch.rand(self.rank, n, generator=generator, dtype=value.dtype, device=value.device)
-        middle = 0.5 + 0.5j if value.is_complex() else 0.5
         scale = (self.rank if self.alpha is None else self.alpha) / self.rank
         return (
-            {"A": (unit - middle) * (2 / sqrt(n)), "B": value.new_zeros(m, self.rank)},
+            {
+                "A": uniform_factor(value, self.rank, n, generator),
+                "B": value.new_zeros(m, self.rank),
+            },
             {"base": value, "scale": value.new_full((self.rank,), scale)},
         )
 
@@ -90,3 +91,10 @@ class LoRA(Transform[Mapping[str, Tensor]]):
                 f"{self!r} expects a matrix with both sides at least {self.rank};"
                 f" got shape {tuple(value.shape)}, as a matrix {(m, n)}"
             )
+
+
+def uniform_factor(like: Tensor, m: int, n: int, generator: torch.Generator | None) -> Tensor:
+    """Draw a matrix uniformly from [-1/sqrt(n), 1/sqrt(n)], complex ones in both parts."""
+    unit = torch.rand(m, n, generator=generator, dtype=like.dtype, device=like.device)
+    middle = 0.5 + 0.5j if like.is_complex() else 0.5
+    return (unit - middle) * (2 / sqrt(n))
