@@ -51,6 +51,10 @@ conformance: $(READY) ## Run PyTorch's own tests against compat; FILE=its test_p
 bench-compat: $(READY) ## Measure compat beside torch's own module
 	$(BIN)/python benchmarks/compat.py
 
+.PHONY: certificate
+certificate: $(READY) ## Write the matrix of transforms and laws into docs/certificate.md
+	$(BIN)/python -m tests.certificate docs/certificate.md
+
 .PHONY: bench-quick
 bench-quick: $(READY) ## Measure the cost of evaluating a parametrization
 	$(BIN)/python benchmarks/evaluation.py

@@ -57,7 +57,7 @@ def median_times(functions, rounds):
 def compare(transforms, hand, leaves, chosen, width, rounds):
     tree = {f"layer.{i}.weight": torch.randn(width, width) for i in range(leaves)}
     names = list(tree)[:: leaves // chosen][:chosen]
-    p = fp.parametrize(tree, dict(zip(names, itertools.cycle(transforms))))  # noqa: B905
+    p = fp.parametrize(tree, dict(zip(names, itertools.cycle(transforms))))
     raw, state = p.init(tree)
     for tensors in raw.values():
         for tensor in [tensors] if isinstance(tensors, torch.Tensor) else tensors.values():
@@ -68,8 +68,9 @@ def compare(transforms, hand, leaves, chosen, width, rounds):
     by, ours = median_times(functions, rounds)
     quartiles = statistics.quantiles([b / a for a, b in zip(by, ours, strict=True)])
     ratio = statistics.median(ours) / statistics.median(by)
+    names = " and ".join(map(repr, transforms))
     print(
-        f"| {' and '.join(map(repr, transforms))} | {width} | {leaves} | {chosen} | {statistics.median(by):.0f} |"
+        f"| {names} | {width} | {leaves} | {chosen} | {statistics.median(by):.0f} |"
         f" {statistics.median(ours):.0f} | {ratio:.2f} |"
         f" {quartiles[0]:.2f} to {quartiles[2]:.2f} |",
         flush=True,

@@ -32,7 +32,7 @@ class Parametrized(nn.Module):
     device, since the real ones are here:
 
     * `raw.NAME`, `raw.NAME.KEY`: parameters (buffers where `NAME` is a buffer of the network),
-      with the `requires_grad` of the weights that they stand for;
+      with the `requires_grad` of the weights that they stand for (adapters always train);
     * `state.NAME.KEY`: buffers;
     * `net_buffers.NAME`: the network's own buffers, as persistent as they were.
 
@@ -74,6 +74,11 @@ class Parametrized(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(p, Parametrization):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"expected a parametrization; got {describe(p)}. fp.parametrize(net, rules) makes"
+                " one"
+            )
         raw, state = p.init(net, generator=generator)
         _expect_same_ties(net, p)
         self.parametrization = p
@@ -84,7 +89,8 @@ class Parametrized(nn.Module):
         for leaf in flatten(net)[0]:
             name = leaf.names[0]
             if name in raw:
-                grad = leaf.tensor.requires_grad and not leaf.is_buffer
+                adapts = name in p and p[name].is_adapter
+                grad = (leaf.tensor.requires_grad or adapts) and not leaf.is_buffer
                 for path, tensor in _paths(name, raw[name]):
                     own = tensor if leaf.is_buffer else nn.Parameter(tensor, requires_grad=grad)
                     _place(self.raw, path, own)
@@ -214,6 +220,11 @@ def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     leaves = {name: leaf for leaf in flatten(net)[0] for name in leaf.names}
     chosen: dict[int, Tensor] = {}
     for name, value in values.items():
+        if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"values[{name!r}]: expected a tensor; got {describe(value)}. fold takes values,"
+                " p(raw, state), not raw"
+            )
         if name not in leaves:
             raise ValueError(f"values: unknown name {name!r}: the module has no such tensor")
         old = leaves[name].tensor

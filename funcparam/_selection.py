@@ -79,7 +79,7 @@ def _matcher(selector: Any, names: set[str]) -> _Matcher:
             return lambda name, leaf, i: (
                 _owned(leaf, i, kind, local) and (not leaf.is_buffer or leaf.owners[i][1] == local)
             )
-        case _ if callable(selector) and not isinstance(selector, type):
+        case _ if callable(selector) and not isinstance(selector, (type, nn.Module)):
             return lambda name, leaf, i: not leaf.is_buffer and bool(selector(name, leaf.tensor))
         case _:
             raise TypeError(

@@ -330,6 +330,25 @@ def test_frozen_parts_of_the_network_stay_in_evaluation_mode():
     assert model.fold()[0].training
 
 
+def test_adapters_train_on_a_frozen_network():
+    net = mlp(depth=1).requires_grad_(False)
+    model = fp.Parametrized(net, fp.parametrize(net, {"0.weight": LoRA(rank=1)}))
+    trained = [name for name, q in model.named_parameters() if q.requires_grad]
+    assert trained == ["raw.0.weight.A", "raw.0.weight.B"]
+    assert not model.fold()[0].weight.requires_grad
+
+
+def test_what_is_no_parametrization_and_no_value():
+    net = mlp(depth=1)
+    with pytest.raises(TypeError, match="expected a parametrization; got a dict"):
+        fp.Parametrized(net, {"0.weight": Orthogonal()})
+    p = fp.parametrize(net, {"0.weight": WeightNorm()})
+    with pytest.raises(
+        TypeError, match=r"values\['0.weight'\]: .* fold takes values, p\(raw, state\)"
+    ):
+        fp.fold(net, p.init(net)[0])
+
+
 def test_the_parametrization_has_to_know_every_parameter_and_tie():
     net = Tied()
     p = fp.parametrize(dict(net.named_parameters()), {"encoder.weight": Orthogonal()})

@@ -61,7 +61,7 @@ def test_types_need_a_module():
         fp.parametrize({"weight": torch.ones(2, 2)}, {nn.Linear: Mask()})
 
 
-@pytest.mark.parametrize("selector", [3, int, (nn.Linear,), (nn.Linear, 3), None])
+@pytest.mark.parametrize("selector", [3, int, nn.Linear(1, 1), (nn.Linear,), (nn.Linear, 3), None])
 def test_a_selector_is_one_of_five(selector):
     with pytest.raises(TypeError, match="expected a name, a glob, a module type"):
         fp.parametrize(nn.Linear(2, 2), {selector: Mask()})
@@ -130,6 +130,9 @@ def test_transforms_that_change_shape_or_dtype_are_refused():
         fp.parametrize(tree, {"w": fp.transform(lambda raw: (raw,), lambda v: v)})
     with pytest.raises(TypeError, match="'w': .*raw as a tensor or a dict of tensors; got list"):
         fp.parametrize(tree, {"w": fp.transform(lambda raw: raw[0], lambda v: [v])})
+    item = fp.transform(lambda raw: raw * raw.sum().item(), lambda v: v)
+    with pytest.raises(ValueError, match="'w': .*forward to run on meta tensors.* got "):
+        fp.parametrize(tree, {"w": item})
     with pytest.raises(TypeError, match="'w': .*names to tensors; got 'a': int"):
         fp.parametrize(tree, {"w": fp.transform(lambda raw: raw, lambda v: {"a": 3})})
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast, final
+from typing import ClassVar, cast, final
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class DoRA(Transform[Mapping[str, Tensor]]):
 
     Source: Liu et al., DoRA, arXiv 2402.09353, equation 5.
     """
+
+    is_adapter: ClassVar[bool] = True
 
     rank: int
     alpha: float | None = None
@@ -124,6 +126,8 @@ class IA3(Transform[Mapping[str, Tensor]]):
     Source: Liu et al., arXiv 2205.05638, section 3.3; peft's `IA3Config`.
     """
 
+    is_adapter: ClassVar[bool] = True
+
     dim: int = 0
 
     @full_precision
@@ -183,6 +187,8 @@ class VeRA(Transform[Mapping[str, Tensor]]):
 
     Source: Kopiczko et al., VeRA, arXiv 2310.11454, equation 2.
     """
+
+    is_adapter: ClassVar[bool] = True
 
     rank: int
 
@@ -246,6 +252,8 @@ class LoHa(Transform[Mapping[str, Tensor]]):
 
     Source: Hyeon-Woo et al., FedPara, arXiv 2108.06098, proposition 1; peft's `LoHaConfig`.
     """
+
+    is_adapter: ClassVar[bool] = True
 
     rank: int
     alpha: float | None = None
@@ -324,6 +332,8 @@ class OFT(Transform[Tensor]):
     Source: Qiu et al., Controlling text-to-image diffusion by orthogonal finetuning,
     arXiv 2306.07280, section 3.
     """
+
+    is_adapter: ClassVar[bool] = True
 
     blocks: int
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ R = TypeVar("R", bound=Raw)
 class Transform(ABC, Generic[R]):
     """A pure map from raw tensors to the value that a network uses, with a right inverse.
 
-    Subclasses are final frozen dataclasses. They implement [`forward`][.forward] and
-    [`right_inverse`][.right_inverse], and override the rest where there is more to say. They
-    are generic in what raw is: `Transform[Tensor]` or `Transform[Mapping[str, Tensor]]`.
+    Subclasses are final frozen dataclasses. They implement [`forward`][.forward],
+    [`right_inverse`][.right_inverse] and [`violation`][.violation], and override the rest where
+    there is more to say. They are generic in what raw is: `Transform[Tensor]` or
+    `Transform[Mapping[str, Tensor]]`.
 
     Five laws hold for every transform; one suite of tests crosses them with all transforms.
 
@@ -48,6 +49,10 @@ class Transform(ABC, Generic[R]):
         tensor([[1., 2.],
                 [2., 3.]])
     """
+
+    is_adapter: ClassVar[bool] = False
+    """Whether the weight itself stays in state and raw is added to it. Raw of an adapter is trained
+    even if the weight is frozen; any other raw takes `requires_grad` from the weight."""
 
     @abstractmethod
     def forward(self, raw: R, state: State) -> Tensor:

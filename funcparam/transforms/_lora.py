@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class LoRA(Transform[Mapping[str, Tensor]]):
 
     Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1.
     """
+
+    is_adapter: ClassVar[bool] = True
 
     rank: int
     alpha: float | None = None

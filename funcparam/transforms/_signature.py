@@ -71,15 +71,21 @@ def signature(transform: AnyTransform | None, value: Tensor) -> Signature:
     spec = TensorSpec.of(value)
     if transform is None:
         return Signature(spec, spec, ())
+    _expect_static(transform)
     transform.check(value)
     raw: Any
     state: State
     try:
-        raw, state = transform.right_inverse(spec.meta())
+        raw, state = _pair(transform, transform.right_inverse(spec.meta()))
     except NotImplementedError:  # no right inverse: raw is like the value
         raw, state = spec.meta(), {}
+    except RuntimeError as error:
+        raise ValueError(_no_meta(transform, "right_inverse", error)) from error
     found = Signature(spec, _raw_spec(transform, raw), _named_specs(transform, "state", state))
-    out: Any = transform.forward(raw, state)
+    try:
+        out: Any = transform.forward(raw, state)
+    except RuntimeError as error:
+        raise ValueError(_no_meta(transform, "forward", error)) from error
     if not isinstance(out, Tensor):
         raise TypeError(f"{transform!r} expects forward to return a tensor; got {describe(out)}")
     if TensorSpec.of(out) != spec:
@@ -88,6 +94,33 @@ def signature(transform: AnyTransform | None, value: Tensor) -> Signature:
             f" got {TensorSpec.of(out)} from forward"
         )
     return found
+
+
+def _expect_static(transform: AnyTransform) -> None:
+    try:
+        hash(transform)
+    except TypeError as error:
+        raise TypeError(
+            f"{transform!r} expects to be hashable: make it a dataclass with frozen=True, without"
+            " lists, dicts or tensors in it; tensors belong in state"
+        ) from error
+
+
+def _pair(transform: AnyTransform, returned: Any) -> tuple[Any, Any]:
+    pair = cast("tuple[Any, ...]", returned) if isinstance(returned, tuple) else ()
+    if len(pair) != 2:
+        raise TypeError(
+            f"{transform!r} expects right_inverse to return (raw, state);"
+            f" got {describe(cast('object', returned))}"
+        )
+    return pair
+
+
+def _no_meta(transform: AnyTransform, what: str, error: RuntimeError) -> str:
+    return (
+        f"{transform!r} expects {what} to run on meta tensors, which have shapes but no entries;"
+        f" got {error}"
+    )
 
 
 def _raw_spec(transform: AnyTransform, raw: Any) -> TensorSpec | NamedSpecs:
