@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from funcparam.compat import _cache, _loan, _private
+from funcparam.compat import _cache, _private
 
-_EXCHANGED = "_funcparam_exchanged"
-_HANDED_OUT = "_funcparam_handed_out"
-_RESETTING = "_funcparam_resetting"
+# What a module carries for the time of a call only; a copy made meanwhile does without.
+PASSING = ("_funcparam_exchanged", "_funcparam_resetting")
+_EXCHANGED, _RESETTING = PASSING
 
 
 class _Exchange(NamedTuple):
@@ -35,22 +35,10 @@ def read(module: nn.Module, name: str) -> Tensor:
     if resetting is not None and name in resetting:
         return resetting[name][0]
     held = _list(module, name)
-    if torch.compiler.is_compiling():
+    if resetting is None:
         return _cache.evaluate(held)
-    loans: dict[str, _loan.Loan] = own.setdefault(_HANDED_OUT, {})
-    last = loans.pop(name, None)
-    if last is not None:
-        if last.is_written(held):
-            _loan.write_back(module, name, held, last.written_value())
-        last.close()
     value = _cache.evaluate(held)
-    if resetting is not None:
-        resetting[name] = value, value.detach().clone()
-    elif not _private.is_own_method(module, depth=2):
-        # a forward computes with its weight, in place perhaps; others may mean to initialise it
-        loan = _loan.lend(value, held)
-        if loan is not None:
-            loans[name] = loan
+    resetting[name] = value, _private.version(value)
     return value
 
 
@@ -63,21 +51,9 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
         return
     before = _private.value_in_exchange(depth=2)
     if before is None:
-        forget(module, name)
         cast("Any", _list(module, name)).right_inverse(value)
     else:
         _exchange(module, name, before, value)
-
-
-def forget(module: nn.Module, name: str) -> None:
-    """Stop watching the value that was handed out last."""
-    loans = vars(module).get(_HANDED_OUT)
-    if loans is not None:
-        loan = loans.pop(name, None)
-        if loan is not None:
-            loan.close()
-        if not loans:
-            del vars(module)[_HANDED_OUT]
 
 
 @torch.compiler.disable(  # pyright: ignore[reportUntypedFunctionDecorator]
@@ -111,14 +87,14 @@ def writing_back(module: nn.Module) -> Generator[None]:
     if _RESETTING in vars(module):  # reset_parameters that calls the other one
         yield
         return
-    values: dict[str, tuple[Tensor, Tensor]] = {}
+    values: dict[str, tuple[Tensor, int]] = {}
     vars(module)[_RESETTING] = values
     try:
         yield
     finally:
         del vars(module)[_RESETTING]
-    for name, (value, before) in values.items():
-        if not torch.equal(value, before):
+    for name, (value, version) in values.items():
+        if _private.version(value) != version:
             cast("Any", _list(module, name)).right_inverse(value.detach())
 
 

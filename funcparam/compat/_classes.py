@@ -103,7 +103,8 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """What `copy.deepcopy` does without `__getstate__`, which refuses."""
     cls = type(self)
     twin = memo[id(self)] = cls.__new__(cls)
-    vars(twin).update(deepcopy(vars(self), memo))
+    own = {name: item for name, item in vars(self).items() if name not in _access.PASSING}
+    vars(twin).update(deepcopy(own, memo))
     for slot in _private.slot_names(cls):
         if hasattr(self, slot):
             setattr(twin, slot, deepcopy(getattr(self, slot), memo))

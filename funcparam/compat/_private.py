@@ -89,25 +89,10 @@ def is_traced_exchange() -> bool:
     return False
 
 
-def is_own_method(module: nn.Module, depth: int) -> bool:
-    """Whether the caller at `depth` is a method of the class of `module`.
-
-    By its code: looking at a frame's locals would keep them alive.
-    """
-    code = sys._getframe(depth + 1).f_code  # pyright: ignore[reportPrivateUsage]
-    method = getattr(type(module), code.co_name, None)
-    return getattr(method, "__code__", None) is code
-
-
 def tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """The dictionaries of a module that a registration changes."""
     own = vars(module)
     return own["_parameters"], own["_buffers"], own["_modules"]
-
-
-def non_persistent(module: nn.Module) -> set[str]:
-    """The names of the buffers that a state_dict leaves out."""
-    return cast("set[str]", vars(module)["_non_persistent_buffers_set"])
 
 
 def is_plain(tensor: Tensor) -> bool:

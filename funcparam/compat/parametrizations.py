@@ -172,6 +172,12 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
         >>> weight_norm(torch.nn.Linear(3, 5)).parametrizations.weight.original0.shape
         torch.Size([5, 1])
     """
+    ndim = _find(module, name).ndim
+    if dim is not None and not -ndim <= dim < ndim:
+        raise IndexError(
+            "Dimension out of range (expected to be in range of "
+            f"[-{ndim}, {ndim - 1}], but got {dim})"
+        )
     part = WeightNormModule(None if dim == -1 else dim)
     return register_parametrization(module, name, part, unsafe=True)
 

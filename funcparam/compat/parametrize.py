@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from funcparam.compat import _access, _private
+from funcparam.compat import _private
 from funcparam.compat._adapter import as_module
 from funcparam.compat._cache import cached
 from funcparam.compat._classes import original_class, parametrized_class
@@ -176,7 +176,6 @@ def remove_parametrizations(
     buffers = [tensor for tensor in vars(held)["_buffers"].values() if tensor is not None]
     with all_or_nothing(module, *raws, *buffers):
         tensor = _plain_tensor(module, tensor_name, leave_parametrized)
-        _access.forget(module, tensor_name)
         del _lists(module)[tensor_name]
         names = set(_lists(module))
         if not names:
