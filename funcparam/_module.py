@@ -114,7 +114,8 @@ class Parametrized(nn.Module):
         out = functional_call(self.net, bound, args, kwargs, tie_weights=False)
         for name, old in buffers.items():
             if bound[name] is not old:  # the network put another tensor in its buffer's place
-                _place(self.net_buffers, self._buffer_names[name], bound[name].detach())
+                owner, _, local = self._buffer_names[name].rpartition(".")
+                setattr(self.net_buffers.get_submodule(owner), local, bound[name].detach())
         return out
 
     def _replicate_for_data_parallel(self) -> Self:

@@ -291,6 +291,16 @@ class Counter(nn.Module):
         return self.linear(x)
 
 
+def test_a_replaced_buffer_stays_out_of_the_state_dict_if_it_was():
+    net = Counter()
+    net.register_buffer("count", torch.zeros(()), persistent=False)
+    model = fp.Parametrized(net, fp.parametrize(net, {"linear.weight": Orthogonal()}))
+    before = list(model.state_dict())
+    model(torch.ones(1, 2))
+    assert model.net_buffers.count == 1
+    assert list(model.state_dict()) == before
+
+
 def test_buffers_that_the_network_replaces_are_kept():
     net = Counter()
     model = fp.Parametrized(net, fp.parametrize(net, {"linear.weight": Orthogonal()}))

@@ -34,11 +34,9 @@ def read(module: nn.Module, name: str) -> Tensor:
     resetting = own.get(_RESETTING)
     if resetting is not None and name in resetting:
         return resetting[name][0]
-    held = _list(module, name)
-    if resetting is None:
-        return _cache.evaluate(held)
-    value = _cache.evaluate(held)
-    resetting[name] = value, _private.version(value)
+    value = _cache.evaluate(_list(module, name))
+    if resetting is not None:
+        resetting[name] = value, _private.version(value)
     return value
 
 
