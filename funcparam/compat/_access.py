@@ -54,8 +54,8 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
         _exchange(module, name, before, value)
 
 
-@torch.compiler.disable(  # pyright: ignore[reportUntypedFunctionDecorator]
-    reason="a parametrized tensor is assigned to. If this is torch.func.functional_call, pass the"
+@_private.not_compiled(
+    "a parametrized tensor is assigned to. If this is torch.func.functional_call, pass the"
     " raw tensors instead, 'parametrizations.weight.original' in place of 'weight'"
 )
 def _assign_uncompiled(module: nn.Module, name: str, value: Tensor) -> None:

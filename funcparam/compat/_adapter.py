@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from funcparam.compat import _private
 from funcparam.transforms import AnyTransform, Transform
 
 
@@ -18,26 +19,36 @@ class TransformModule(nn.Module):
     Args:
         transform: the transform.
         buffer_names: other names for some of the state, as in torch's checkpoints.
+        raw_names: the names of raw where they are known before a value was seen.
     """
 
+    transform: AnyTransform
+    evolves: bool  # whether a step changes anything in training mode
+    _buffer_of: dict[str, str]
+    raw_names: tuple[str, ...] | None
+
     def __init__(
-        self, transform: AnyTransform, buffer_names: Mapping[str, str] | None = None
+        self,
+        transform: AnyTransform,
+        buffer_names: Mapping[str, str] | None = None,
+        raw_names: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.transform = transform
-        self._buffer_of: dict[str, str] = dict(buffer_names or {})
-        self._raw_names: tuple[str, ...] | None = None
-        # whether a step changes anything in training mode
-        self.evolves = type(transform).update is not Transform.update
+        # past nn.Module.__setattr__, which takes most of the time of a registration
+        vars(self).update(
+            transform=transform,
+            _buffer_of=dict(buffer_names or {}),
+            raw_names=raw_names,
+            evolves=type(transform).update is not Transform.update,
+        )
 
     def forward(self, *raw: Tensor) -> Tensor:
         """Map raw to the value, after one step of what evolves if in training mode."""
-        if self.training and self.evolves:
-            named = self.named(raw)
-            state = self.transform.update(named, self.state())
+        named, state = self.named(raw), self.state()
+        if self.evolves and self.training:
+            state = self.transform.update(named, state)
             self._store(state)
-            return self.transform.forward(named, state)
-        return self.again(*raw)
+        return self.transform.forward(named, state)
 
     def again(self, *raw: Tensor) -> Tensor:
         """Map raw to the value with the state as it is."""
@@ -51,19 +62,21 @@ class TransformModule(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """The transform's state, from the buffers."""
-        return {key: getattr(self, name) for key, name in self._buffer_of.items()}
+        buffers = self._buffers
+        return {key: cast("Tensor", buffers[name]) for key, name in self._buffer_of.items()}
 
     def take(self, raw: Any, state: Mapping[str, Tensor]) -> None:
         """Let the buffers be `state`, and know the names of raw."""
         self._replace(state)
-        if not isinstance(raw, Tensor):
-            self._raw_names = tuple(raw)
+        names = None if isinstance(raw, Tensor) else tuple(raw)
+        if names != self.raw_names:
+            self.raw_names = names
 
     def named(self, raw: tuple[Tensor, ...]) -> Any:
         """Raw as the transform takes it."""
-        if self._raw_names is None:
+        if self.raw_names is None:
             return raw[0]
-        return dict(zip(self._raw_names, raw, strict=True))
+        return dict(zip(self.raw_names, raw, strict=True))
 
     def _replace(self, state: Mapping[str, Tensor]) -> None:
         for key, tensor in state.items():
@@ -132,7 +145,7 @@ def as_module(parametrization: object) -> nn.Module:
 
 def _escapes(new: Tensor, buffer: Tensor) -> bool:
     if torch.compiler.is_compiling():
-        return False
+        return _private.is_transforming()
     return torch.func.debug_unwrap(new) is not new and torch.func.debug_unwrap(buffer) is buffer
 
 

@@ -14,20 +14,20 @@ from funcparam.compat import _private
 class _Entry(NamedTuple):
     """A value and what it was computed from, which is held so that no id is given anew."""
 
-    sources: tuple[object, ...]
+    trace: str | None
+    sources: list[object]
     conditions: tuple[object, ...]
     value: Tensor
 
 
 class _Scope(local):
-    """The open block of each thread; what a compiler traces is kept apart from what ran.
+    """The open block of each thread.
 
     Thread-local because `torch.compile` cannot trace a `ContextVar`.
     """
 
     def __init__(self) -> None:
-        self.eager: dict[int, _Entry] | None = None
-        self.traced: dict[int, _Entry] | None = None
+        self.entries: dict[int, _Entry] | None = None
 
 
 _SCOPE = _Scope()
@@ -39,8 +39,9 @@ def cached() -> Generator[None]:
 
     The block belongs to the thread that entered it. A value is computed anew when one of
     the raw tensors, parameters or buffers it comes from is another one or was written to, and
-    when the grad mode, training mode or `torch.func` transform differs. In a nested block the
-    outer one's values are used. Everything is dropped at the end of the outermost block.
+    when the grad mode, autocast, training mode or `torch.func` transform differs. A compiled
+    function shares no values with what is outside of it. In a nested block the outer one's values
+    are used. Everything is dropped at the end of the outermost block.
 
     Raises:
         RuntimeError: a parametrized tensor is read while `torch.jit.trace` runs.
@@ -53,20 +54,19 @@ def cached() -> Generator[None]:
         ...     layer.weight is layer.weight
         True
     """
-    name = "traced" if torch.compiler.is_compiling() else "eager"
-    if getattr(_SCOPE, name) is not None:
+    if _SCOPE.entries is not None:
         yield
         return
-    setattr(_SCOPE, name, {})
+    _SCOPE.entries = {}
     try:
         yield
     finally:
-        setattr(_SCOPE, name, None)
+        _SCOPE.entries = None
 
 
 def evaluate(parametrization: nn.Module) -> Tensor:
     """The value of a `ParametrizationList`: from the cache where one is open and has it."""
-    entries = _SCOPE.traced if torch.compiler.is_compiling() else _SCOPE.eager
+    entries = _SCOPE.entries
     if entries is None:
         return cast("Tensor", parametrization())
     if _private.is_jit_tracing():
@@ -75,32 +75,59 @@ def evaluate(parametrization: nn.Module) -> Tensor:
     if entry is not None and _is_current(entry, parametrization):
         return entry.value
     value = cast("Tensor", parametrization())
-    entry = _Entry(_sources(parametrization), _conditions(parametrization), value)
-    if torch.compiler.is_compiling() or _may_keep(entry):
-        entries[id(parametrization)] = entry
+    new = _Entry(_trace(), _sources(parametrization), _conditions(parametrization), value)
+    if torch.compiler.is_compiling():
+        # An entry of an earlier run stays: writing over it would recompile at every run.
+        if entry is None:
+            entries[id(parametrization)] = new
+    elif _may_keep(new):
+        entries[id(parametrization)] = new
     return value
 
 
 def _is_current(entry: _Entry, parametrization: nn.Module) -> bool:
+    if entry.trace != _trace() or entry.conditions != _conditions(parametrization):
+        return False
     sources = _sources(parametrization)
     if len(sources) != len(entry.sources):
         return False
-    if any(new is not old for new, old in zip(sources, entry.sources, strict=True)):
-        return False
-    return entry.conditions == _conditions(parametrization)
+    return all(new is old for new, old in zip(sources, entry.sources, strict=True))
 
 
-def _sources(parametrization: nn.Module) -> tuple[object, ...]:
-    return (parametrization, *parametrization.parameters(), *parametrization.buffers())
+def _trace() -> str | None:
+    """What an entry belongs to: a trace, or None for what runs eagerly.
+
+    A compiler cannot read whether a tensor was written to. In one trace it need not, and
+    with another one nothing is shared.
+    """
+    return _private.trace() if torch.compiler.is_compiling() else None
+
+
+def _sources(module: nn.Module) -> list[object]:
+    """The module and every tensor in it."""
+    return [module, *_tensors(module)]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    own = vars(module)
+    tensors = [
+        x for x in (*own["_parameters"].values(), *own["_buffers"].values()) if x is not None
+    ]
+    for child in own["_modules"].values():
+        if child is not None:
+            tensors += _tensors(child)
+    return tensors
 
 
 def _conditions(parametrization: nn.Module) -> tuple[object, ...]:
-    """Everything but identity that must not differ. In a trace nothing is written in between."""
+    """Everything but identity that must not differ."""
     modes = (torch.is_grad_enabled(), parametrization.training)
     if torch.compiler.is_compiling():
         return modes
-    tensors = (*parametrization.parameters(), *parametrization.buffers())
-    return (*modes, torch.is_inference_mode_enabled(), *map(_private.version, tensors))
+    tensors = _tensors(parametrization)
+    autocast = [_private.autocast_dtype(device) for device in {x.device.type for x in tensors}]
+    versions = map(_private.version, tensors)
+    return (*modes, torch.is_inference_mode_enabled(), *autocast, *versions)
 
 
 def _may_keep(entry: _Entry) -> bool:

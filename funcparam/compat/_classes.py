@@ -53,6 +53,7 @@ def _make(cls: type, names: frozenset[str]) -> type:
         lambda namespace: namespace.update(members),
     )
     made.__qualname__ = made.__name__
+    type.__setattr__(made, "__setattr__", _setting(made, names))
     for name in ("reset_parameters", "_reset_parameters"):
         if callable(getattr(cls, name, None)):
             type.__setattr__(made, name, _writing_back(made, name))
@@ -87,7 +88,21 @@ def _tensor_property(name: str) -> property:
     def put(self: nn.Module, value: Tensor) -> None:
         _access.assign(self, name, value)
 
+    # a compiler that traces one read, and nothing around it, could not see what was written since
+    _private.run_eagerly_alone(cast("types.FunctionType", get))
     return property(get, put)
+
+
+def _setting(cls: type, names: frozenset[str]) -> Callable[..., None]:
+    """Assignment in which a parameter is a value like any other, and not a new one."""
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
+        if name in names and isinstance(value, nn.Parameter):
+            getattr(type(self), name).__set__(self, value)
+        else:
+            super(cls, self).__setattr__(name, value)  # pyright: ignore
+
+    return __setattr__
 
 
 def _refuse_pickle(self: nn.Module) -> Any:
@@ -125,13 +140,21 @@ def _writing_back(cls: type, name: str) -> Callable[..., Any]:
 def _loading(cls: type) -> Callable[..., None]:
     """Loading from a state_dict, in which parametrizations may know older names."""
 
-    def load(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name, parts in cast("nn.ModuleDict", self.parametrizations).items():
-            for part in cast("nn.ModuleList", parts):
-                rename = getattr(part, "rename_legacy_keys", None)
-                if rename is not None:
-                    rename(state_dict, prefix, name)
-        super(cls, self)._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore
+    def load(self: nn.Module, *args: Any) -> None:
+        # a hook, so that it comes after those of users, which may rename to the older names
+        handle = self.register_load_state_dict_pre_hook(_rename_legacy_keys)
+        try:
+            super(cls, self)._load_from_state_dict(*args)  # pyright: ignore
+        finally:
+            handle.remove()
 
     load.__name__ = "_load_from_state_dict"
     return load
+
+
+def _rename_legacy_keys(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    for name, parts in cast("nn.ModuleDict", module.parametrizations).items():
+        for part in cast("nn.ModuleList", parts):
+            rename = getattr(part, "rename_legacy_keys", None)
+            if rename is not None:
+                rename(state_dict, prefix, name)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,12 @@ class ParametrizationList(nn.ModuleList):
     """
 
     original: Tensor
+    unsafe: bool
+    is_tensor: bool
+    ntensors: int
+    raw_names: tuple[str, ...]
+    before: str | None  # which of several raw tensors was there before
+    _stepped: tuple[tuple[ref[Tensor], int, int], ...]
 
     def __init__(
         self,
@@ -37,20 +44,20 @@ class ParametrizationList(nn.ModuleList):
         if len(modules) == 0:
             raise ValueError("ParametrizationList requires one or more modules.")
         super().__init__([as_module(module) for module in modules])
-        self.unsafe = unsafe
-        self.before: str | None = None  # which of several raw tensors was there before
-        self._stepped: tuple[tuple[Tensor, int], ...] = ()
+        # past nn.Module.__setattr__, which takes most of the time of a registration
+        vars(self).update(unsafe=unsafe, before=None, _stepped=())
         shape, dtype = original.shape, original.dtype
         raw = self._raw_for(original)
-        self.is_tensor = isinstance(raw, Tensor)
-        self.ntensors = 1 if isinstance(raw, Tensor) else len(raw)
+        is_tensor = isinstance(raw, Tensor)
+        names = ("original",) if is_tensor else tuple(f"original{i}" for i in range(len(raw)))
+        vars(self).update(is_tensor=is_tensor, ntensors=len(names), raw_names=names)
         if isinstance(raw, Tensor):
             self._hold_one(original, raw)
         else:
             self._hold_many(original, raw)
         if not unsafe:
             _check_registration(self(), shape, dtype)
-        self._stepped = ()  # the check is no training step
+            self._stepped = ()  # the check is no training step
 
     def _raw_for(self, value: Tensor) -> Tensor | Sequence[Any]:
         """The right inverse of `value`, where a missing one is taken for the identity."""
@@ -170,29 +177,27 @@ class ParametrizationList(nn.ModuleList):
         """Compute the value from the raw tensors."""
         if _private.is_scripting():
             raise RuntimeError("Parametrization is not working with scripting.")
-        raw = self.raw()
+        raw = args = self.raw()
         evolves = False
-        x: Any = raw
-        for key, part in self._modules.items():
-            if not key.isdigit():
-                continue
+        for part in self._parts():
             call: Any = part
-            if isinstance(part, TransformModule) and part.evolves and part.training:
-                evolves = True
-                if self._was_stepped(raw):
-                    call = part.again
-            x = call(*raw) if x is raw else call(x)
+            if isinstance(part, TransformModule):
+                args = _private.whole(args)
+                if part.evolves and part.training:
+                    evolves = True
+                    if self._was_stepped(raw):
+                        call = part.again
+            args = (call(*args),)
+        (value,) = args
         if evolves:
             self._remember(raw)
-            self._expect_training(x)
-        return x
+            self._expect_training(value)
+        return value
 
     def raw(self) -> tuple[Any, ...]:
         """The raw tensors in order."""
-        if self.is_tensor:
-            original = self._parameters.get("original")
-            return (self.original if original is None else original,)
-        return tuple([getattr(self, f"original{i}") for i in range(self.ntensors)])
+        found = self._parameters  # nn.Module.__getattr__ is slow
+        return tuple([found[n] if n in found else getattr(self, n) for n in self.raw_names])
 
     def _was_stepped(self, raw: tuple[Any, ...]) -> bool:
         """Whether what evolves took its step for these raw tensors.
@@ -207,8 +212,8 @@ class ParametrizationList(nn.ModuleList):
         if not all(isinstance(tensor, Tensor) and _private.is_plain(tensor) for tensor in raw):
             return False
         return all(
-            seen.data_ptr() == tensor.data_ptr() and version == _private.version(tensor)
-            for (seen, version), tensor in zip(self._stepped, raw, strict=True)
+            seen() is tensor and (pointer, version) == (tensor.data_ptr(), _private.version(tensor))
+            for (seen, pointer, version), tensor in zip(self._stepped, raw, strict=True)
         )
 
     def _remember(self, raw: tuple[Any, ...]) -> None:
@@ -216,7 +221,7 @@ class ParametrizationList(nn.ModuleList):
         if torch.compiler.is_compiling() or self._was_stepped(raw):
             return
         if all(isinstance(tensor, Tensor) and _private.is_plain(tensor) for tensor in raw):
-            self._stepped = tuple((tensor.detach(), _private.version(tensor)) for tensor in raw)
+            self._stepped = tuple((ref(x), x.data_ptr(), _private.version(x)) for x in raw)
 
     def _expect_training(self, value: Tensor) -> None:
         """After a backward through `value` the next step is due."""

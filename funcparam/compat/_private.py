@@ -5,10 +5,15 @@ from __future__ import annotations
 import copyreg
 import importlib
 import sys
-from typing import Any, cast
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MISSING = object()
 
@@ -31,6 +36,11 @@ _IS_REFERENCE = _find(
 )
 _IS_WRAPPER = _find("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
 _SWAP = _find("torch.nn.utils._named_member_accessor.swap_tensor")
+_TRACING = _find("torch._guards.TracingContext")
+_PEEK = _find("torch._C._functorch.peek_interpreter_stack")
+_SET_STRATEGY = _find("torch._C._dynamo.eval_frame.set_code_exec_strategy")
+_STRATEGY = _find("torch._C._dynamo.eval_frame._FrameExecStrategy")
+_ACTION = _find("torch._C._dynamo.eval_frame._FrameAction")
 
 
 def is_scripting() -> bool:
@@ -41,6 +51,35 @@ def is_scripting() -> bool:
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace` runs."""
     return bool(torch.jit.is_tracing())  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUntypedFunctionDecorator]
+def trace() -> str:
+    """A name for the trace that `torch.compile` is in, another one for each."""
+    context = None if _TRACING is _MISSING else _TRACING.try_get()
+    own = {} if context is None else vars(context)
+    return cast("str", own.setdefault("funcparam", uuid4().hex))
+
+
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUntypedFunctionDecorator]
+def is_transforming() -> bool:
+    """Whether this runs inside of a `torch.func` transform; a compiler knows it for a constant."""
+    return _PEEK is not _MISSING and _PEEK() is not None
+
+
+def not_compiled(reason: str) -> Callable[[Function], Function]:
+    """`torch.compiler.disable`, which takes a reason from torch 2.8 on."""
+    try:
+        return cast("Any", torch.compiler.disable)(reason=reason)
+    except TypeError:
+        return cast("Any", torch.compiler.disable)()
+
+
+def run_eagerly_alone(function: FunctionType) -> None:
+    """Let `torch.compile` trace `function` inside of what calls it, but not by itself."""
+    if _MISSING not in (_SET_STRATEGY, _STRATEGY, _ACTION):
+        skip = _STRATEGY(_ACTION.SKIP, _ACTION.SKIP)
+        _SET_STRATEGY(function.__code__, skip)
 
 
 def is_opaque(thing: object) -> bool:
@@ -93,6 +132,21 @@ def tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
     """The dictionaries of a module that a registration changes."""
     own = vars(module)
     return own["_parameters"], own["_buffers"], own["_modules"]
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on this kind of device; None if it is off."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def whole(raw: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Raw with what is sharded over processes gathered; state is whole, and they do not mix."""
+    for tensor in raw:
+        if hasattr(tensor, "full_tensor"):
+            return tuple(x.full_tensor() if hasattr(x, "full_tensor") else x for x in raw)
+    return raw
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -58,6 +58,19 @@ def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Generator[None]:
         raise
 
 
+@contextmanager
+def state_kept(parts: nn.Module) -> Generator[None]:
+    """Put the buffers of `parts` back at the end, as they were."""
+    before = [(part, dict(vars(part)["_buffers"])) for part in parts.modules()]
+    copies = [(x, x.clone()) for _, own in before for x in own.values() if x is not None]
+    yield
+    with torch.no_grad():
+        for buffer, copy in copies:
+            buffer.copy_(copy)
+    for part, own in before:
+        vars(part)["_buffers"].update(own)
+
+
 class _Snapshot:
     """The class and the attributes of one module, its tables copied."""
 

@@ -48,6 +48,10 @@ class OrthogonalModule(TransformModule):
         transform = cast("Orthogonal", self.transform)
         return transform if self.base is not None else Orthogonal(transform.map, trivialize=False)
 
+    @property
+    def orthogonal_map(self) -> str:
+        return cast("Orthogonal", self.transform).map
+
     @staticmethod
     def signs(X: Tensor) -> Tensor:
         """The column signs that the diagonal of torch's raw matrix stands for."""
@@ -140,14 +144,18 @@ class WeightNormModule(TransformModule):
     """WeightNorm, with a magnitude of no dimension where there is one for the whole tensor."""
 
     def __init__(self, dim: int | None) -> None:
-        super().__init__(WeightNorm(dim))
-        self._raw_names = ("magnitude", "direction")
-        self._scalar = dim is None
+        super().__init__(WeightNorm(dim), raw_names=("magnitude", "direction"))
+
+    @property
+    def dim(self) -> int:
+        dim = cast("WeightNorm", self.transform).dim
+        return -1 if dim is None else dim
 
     def right_inverse(self, value: Tensor) -> tuple[Tensor, ...]:
         """Magnitude and direction; the direction is `value` itself where it has one."""
         magnitude = cast("Any", self.transform).right_inverse(value.detach())[0]["magnitude"]
-        return magnitude.reshape(()) if self._scalar else magnitude, value
+        scalar = cast("WeightNorm", self.transform).dim is None
+        return magnitude.reshape(()) if scalar else magnitude, value
 
     def rename_legacy_keys(self, state_dict: dict[str, Any], prefix: str, name: str) -> None:
         """Take `weight_g` and `weight_v` of a checkpoint for `original0` and `original1`."""
@@ -196,6 +204,18 @@ class _SpectralNorm(TransformModule):
             }
             warm_up = SpectralNorm(transform.dim, 15, transform.eps)
             self._replace(warm_up.update(weight.detach(), state))
+
+    @property
+    def n_power_iterations(self) -> int:
+        return cast("Any", self.transform).n_power_iterations
+
+    @property
+    def eps(self) -> float:
+        return cast("Any", self.transform).eps
+
+    @property
+    def dim(self) -> int:
+        return cast("Any", self.transform).dim
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """The identity: `value` is taken to satisfy the constraint."""

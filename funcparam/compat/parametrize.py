@@ -13,7 +13,7 @@ from funcparam.compat._adapter import as_module
 from funcparam.compat._cache import cached
 from funcparam.compat._classes import original_class, parametrized_class
 from funcparam.compat._list import ParametrizationList
-from funcparam.compat._tensors import all_or_nothing, put, register
+from funcparam.compat._tensors import all_or_nothing, put, register, state_kept
 
 __all__ = [
     "ParametrizationList",
@@ -72,6 +72,12 @@ def register_parametrization(
 
 
 def _append(module: nn.Module, name: str, part: nn.Module, unsafe: bool) -> None:  # noqa: FBT001
+    raw_names = getattr(part, "raw_names", None)
+    if raw_names:
+        raise ValueError(
+            f"{part} has several raw tensors ({', '.join(raw_names)}), so it can only come first;"
+            f" '{name}' has a parametrization already"
+        )
     if not unsafe:
         _check_addition(name, getattr(module, name), part)
     held = cast("ParametrizationList", _lists(module)[name])
@@ -270,16 +276,13 @@ def transfer_parametrizations_and_params(
         source = cast("ParametrizationList", lists[name])
         if not hasattr(to_module, name):
             setattr(to_module, name, nn.Parameter(getattr(from_module, name)))
-        for part in source:
-            register_parametrization(to_module, name, part)
+        with state_kept(source):  # registering takes the state that belongs to the other's value
+            for part in source:
+                register_parametrization(to_module, name, part)
         target = _lists(to_module)[name]
-        for raw in _raw_names(source):
+        for raw in source.raw_names:
             setattr(target, raw, getattr(source, raw))
     return to_module
-
-
-def _raw_names(held: ParametrizationList) -> list[str]:
-    return ["original"] if held.is_tensor else [f"original{i}" for i in range(held.ntensors)]
 
 
 def _lists(module: nn.Module) -> nn.ModuleDict:

@@ -10,7 +10,18 @@ from funcparam.compat import parametrize as api
 
 BOTH = {"torch": (torch_api, torch_functions), "compat": (api, functions)}
 
-__all__ = ["BOTH", "Double", "Factors", "Sum", "Symmetric", "api", "functions", "torch_api"]
+__all__ = [
+    "BOTH",
+    "Centred",
+    "Double",
+    "Factors",
+    "Scaled",
+    "Sum",
+    "Symmetric",
+    "api",
+    "functions",
+    "torch_api",
+]
 
 
 class Double(nn.Module):
@@ -48,3 +59,28 @@ class Factors(nn.Module):
         U, S, Vh = torch.linalg.svd(value, full_matrices=False)
         root = S[0].sqrt().unsqueeze(-1)
         return U[..., :, 0] * root, Vh[..., 0, :] * root
+
+
+class Scaled(nn.Module):
+    """Has a parameter and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.double))
+        self.register_buffer("shift", torch.tensor(0.25, dtype=torch.double))
+
+    def forward(self, X):
+        return X * self.scale + self.shift
+
+    def right_inverse(self, value):
+        return (value - self.shift) / self.scale
+
+
+class Centred(nn.Module):
+    """Depends on the training mode."""
+
+    def forward(self, X):
+        return X - 0.5 if self.training else X
+
+    def right_inverse(self, value):
+        return value

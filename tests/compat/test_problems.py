@@ -4,6 +4,7 @@ Where torch's failure is not stable enough to assert, the test shows compat's si
 """
 
 import copy
+import gc
 import operator
 import pickle
 import threading
@@ -18,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from tests.compat.parts import BOTH, Double, Symmetric, api, functions
+from tests.compat.parts import BOTH, Centred, Double, Symmetric, api, functions
 
 RAW = "parametrizations.weight.original"
 
@@ -259,6 +260,66 @@ def test_problem_4_the_cache_in_a_compiled_graph():
     assert graphs == [1]
 
 
+def test_problem_4_a_block_around_a_compiled_function():
+    layer = api.register_parametrization(linear(), "weight", Double())
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def read():
+        return layer.weight, layer.weight
+
+    for _ in range(3):
+        with api.cached():
+            assert operator.is_(*read())
+            for _ in range(3):
+                with torch.no_grad():
+                    layer.parametrizations.weight.original.add_(1)
+                expected = 2 * layer.parametrizations.weight.original
+                assert all(torch.equal(value, expected) for value in read())
+                assert layer.weight is layer.weight
+                assert torch.equal(layer.weight, expected)
+    assert counter.frame_count <= 3
+
+
+def test_problem_4_a_compiler_that_gave_up_on_the_block():
+    layer = api.register_parametrization(linear(), "weight", Double())
+
+    def values():
+        with api.cached():
+            a = layer.weight
+            torch._dynamo.graph_break()
+            b = layer.weight
+            with torch.no_grad():
+                layer.parametrizations.weight.original.add_(1)
+            torch._dynamo.graph_break()
+            return a, b, layer.weight
+
+    a, b, c = torch.compile(values, backend="eager")()
+    assert a is b
+    assert_close(c, a + 2)
+
+
+def test_problem_4_autocast_inference_and_training_mode_are_seen():
+    layer = api.register_parametrization(linear(), "weight", Product())
+    with api.cached():
+        full = layer.weight
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.weight.dtype is torch.bfloat16
+        assert layer.weight.dtype is full.dtype
+        with torch.inference_mode():
+            assert layer.weight.is_inference()
+        assert not layer.weight.is_inference()
+    layer = api.register_parametrization(linear(), "weight", Centred())
+    with api.cached():
+        training = layer.train().weight
+        assert not torch.equal(layer.eval().weight, training)
+
+
+class Product(nn.Module):
+    def forward(self, X):
+        return X @ X
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_tracing_a_cached_model_is_torchs_error():
     layer = api.register_parametrization(linear(), "weight", Double())
@@ -330,6 +391,39 @@ def test_problem_5_what_shares_memory_with_raw_may_be_written_to():
     layer = api.register_parametrization(linear(), "weight", nn.Identity())
     nn.init.ones_(layer.weight)
     assert_close(layer.weight.detach(), torch.ones(3, 3))
+
+
+def test_problem_5_reset_parameters_where_nothing_can_be_written():
+    layer = api.register_parametrization(linear(), "weight", Symmetric())
+    with pytest.raises(RuntimeError, match="does not implement right_inverse"):
+        layer.reset_parameters()
+
+
+@pytest.mark.parametrize("function", ["orthogonal", "weight_norm", "spectral_norm"])
+def test_problem_6_a_tie_is_transferred(both, function):
+    register, functions_, right = both
+    a, b = linear(seed=0), linear(seed=1)
+    b.weight = a.weight
+    getattr(functions_, function)(a)
+    a.eval(), b.eval()
+    before = a.weight.detach().clone()
+    register.transfer_parametrizations_and_params(a, b)
+    assert torch.equal(a.weight, b.weight)
+    assert torch.equal(a.weight, before) == (right or function != "orthogonal")
+    net = nn.Sequential(a, b)
+    x = torch.ones(1, 3)
+    net(x).square().sum().backward()
+    total = [raw.grad.clone() for raw in a.parametrizations.parameters()]
+    net.zero_grad()
+    b(a(x).detach()).square().sum().backward()
+    parts = [raw.grad.clone() for raw in a.parametrizations.parameters()]
+    assert not torch.equal(total[0], parts[0])
+    twin = copy.deepcopy(net)
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(twin[0].weight, twin[1].weight)
+    raw = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    functional_call(net, raw, (x,))
+    assert torch.equal(a.weight, b.weight)
 
 
 def test_problem_7_the_direction_is_the_parameter_an_optimizer_knows(both):
@@ -591,6 +685,99 @@ def test_problem_18_meta_device(both):
         assert_close(layer.eval().weight, expected.eval().weight)
         layer.train()(torch.ones(1, 3)).sum().backward()
         register.remove_parametrizations(layer, "weight")
+
+
+def test_problem_20_maml_through_weight_norm():
+    """Five inner steps of second order against finite differences."""
+    layer = functions.weight_norm(linear().double())
+    raw = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    x = torch.linspace(-1, 1, 6).double().reshape(2, 3)
+
+    def loss(raw, target):
+        return (functional_call(layer, raw, (x,)) - target).square().mean()
+
+    def adapted(raw):
+        for _ in range(5):
+            gradients = grad(loss)(raw, 1.0)
+            raw = {name: raw[name] - 0.1 * gradients[name] for name in raw}
+        return loss(raw, 0.5)
+
+    exact = grad(adapted)(raw)
+    direction = {name: torch.randn_like(p) for name, p in raw.items()}
+    h = 1e-6
+    moved = [adapted({n: raw[n] + s * h * direction[n] for n in raw}) for s in (1, -1)]
+    expected = (moved[0] - moved[1]) / (2 * h)
+    assert_close(sum((exact[n] * direction[n]).sum() for n in raw), expected, rtol=1e-6, atol=0)
+
+
+def test_a_parameter_is_assigned_like_any_value(both):
+    register, _, right = both
+    layer = register.register_parametrization(linear(), "weight", Double())
+    value = nn.Parameter(torch.rand(3, 3))
+    if right:
+        layer.weight = value
+        assert_close(layer.weight.detach(), value.detach())
+        functional_call(layer, {"weight": value}, (torch.ones(1, 3),)).sum().backward()
+        assert_close(value.grad, torch.ones(3, 3))
+    else:
+        with pytest.raises(KeyError):
+            layer.weight = value
+
+
+def test_casts_leave_no_old_storage_alive():
+    layer = functions.spectral_norm(linear(8, 8))
+    _ = layer.weight
+    storage = weakref.ref(layer.parametrizations.weight.original.untyped_storage())
+    layer.double()
+    gc.collect()
+    assert storage() is None or storage().nbytes() == 8 * 8 * 8
+
+
+def test_old_names_are_renamed_after_the_hooks_of_users():
+    layer = linear()
+
+    def older(module, state_dict, prefix, *rest):
+        for key in list(state_dict):
+            state_dict[key.replace("scale", "weight_g")] = state_dict.pop(key)
+
+    layer.register_load_state_dict_pre_hook(older)
+    functions.weight_norm(layer)
+    saved = {"bias": torch.ones(3), "scale": torch.ones(3, 1), "weight_v": torch.eye(3)}
+    layer.load_state_dict(saved)
+    assert_close(layer.weight.detach(), torch.eye(3))
+
+
+def test_weight_norm_comes_first_in_a_chain():
+    layer = api.register_parametrization(linear(), "weight", Double())
+    with pytest.raises(ValueError, match="magnitude, direction.*come first.*'weight'"):
+        functions.weight_norm(layer)
+    assert len(layer.parametrizations.weight) == 1
+
+
+def test_the_attributes_of_torchs_parametrizations(both):
+    _, functions_, _ = both
+    part = functions_.spectral_norm(linear(), n_power_iterations=3, eps=1e-9).parametrizations
+    assert (part.weight[0].n_power_iterations, part.weight[0].eps, part.weight[0].dim) == (
+        3,
+        1e-9,
+        0,
+    )
+    assert functions_.weight_norm(linear(), dim=None).parametrizations.weight[0].dim == -1
+    assert functions_.weight_norm(linear(), dim=1).parametrizations.weight[0].dim == 1
+
+
+def test_spectral_norm_in_training_under_a_compiled_gradient():
+    layer = functions.spectral_norm(linear())
+    raw = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(raw, x):
+        return functional_call(layer, raw, (x,)).square().sum()
+
+    x = torch.ones(1, 3)
+    u = layer.parametrizations.weight[0]._u.clone()
+    compiled = torch.compile(grad(loss), backend="aot_eager", fullgraph=True)(raw, x)
+    assert torch.equal(layer.parametrizations.weight[0]._u, u)
+    assert_close(compiled, grad(loss)(raw, x))
 
 
 @pytest.mark.parametrize("given", [Double(), torch.tanh], ids=["module", "function"])
