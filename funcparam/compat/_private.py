@@ -57,8 +57,8 @@ def is_jit_tracing() -> bool:
 def trace() -> str:
     """A name for the trace that `torch.compile` is in, another one for each."""
     context = None if _TRACING is _MISSING else _TRACING.try_get()
-    own = {} if context is None else vars(context)
-    return cast("str", own.setdefault("funcparam", uuid4().hex))
+    own = cast("dict[str, str]", {} if context is None else vars(context))
+    return own.setdefault("funcparam", uuid4().hex)
 
 
 @torch.compiler.assume_constant_result  # pyright: ignore[reportUntypedFunctionDecorator]
