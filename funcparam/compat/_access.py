@@ -27,7 +27,7 @@ def read(module: nn.Module, name: str) -> Tensor:
     """The value of a parametrized tensor."""
     if _private.is_scripting():
         raise RuntimeError("Parametrization is not working with scripting.")
-    own = vars(module)
+    own = module.__dict__
     exchanged = own.get(_EXCHANGED)
     if exchanged is not None and exchanged.get(name):
         return exchanged[name][-1].value
@@ -70,11 +70,11 @@ def _assign_uncompiled(module: nn.Module, name: str, value: Tensor) -> None:
 
 def _exchange(module: nn.Module, name: str, before: object, value: Tensor) -> None:
     """Put `value` in the place of the computed one, or take it out if `value` was there before."""
-    stack: list[_Exchange] = vars(module).setdefault(_EXCHANGED, {}).setdefault(name, [])
+    stack: list[_Exchange] = module.__dict__.setdefault(_EXCHANGED, {}).setdefault(name, [])
     if stack and stack[-1].before is value:
         stack.pop()
-        if not any(vars(module)[_EXCHANGED].values()):
-            del vars(module)[_EXCHANGED]
+        if not any(module.__dict__[_EXCHANGED].values()):
+            del module.__dict__[_EXCHANGED]
     else:
         stack.append(_Exchange(before, value))
 
@@ -82,19 +82,19 @@ def _exchange(module: nn.Module, name: str, before: object, value: Tensor) -> No
 @contextmanager
 def writing_back(module: nn.Module) -> Generator[None]:
     """Hand out one value for each name; where it was written to, raw follows at the end."""
-    if _RESETTING in vars(module):  # reset_parameters that calls the other one
+    if _RESETTING in module.__dict__:  # reset_parameters that calls the other one
         yield
         return
     values: dict[str, tuple[Tensor, int]] = {}
-    vars(module)[_RESETTING] = values
+    module.__dict__[_RESETTING] = values
     try:
         yield
     finally:
-        del vars(module)[_RESETTING]
+        del module.__dict__[_RESETTING]
     for name, (value, version) in values.items():
         if _private.version(value) != version:
             cast("Any", _list(module, name)).right_inverse(value.detach())
 
 
 def _list(module: nn.Module, name: str) -> nn.Module:
-    return vars(module)["_modules"]["parametrizations"]._modules[name]
+    return module.__dict__["_modules"]["parametrizations"]._modules[name]

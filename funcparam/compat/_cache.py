@@ -109,7 +109,7 @@ def _sources(module: nn.Module) -> list[object]:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    own = vars(module)
+    own = module.__dict__
     tensors = [
         x for x in (*own["_parameters"].values(), *own["_buffers"].values()) if x is not None
     ]

@@ -289,6 +289,7 @@ def _lists(module: nn.Module) -> nn.ModuleDict:
     return cast("nn.ModuleDict", module.parametrizations)
 
 
+@_private.not_compiled("a module gets another class")
 def _set_class(module: nn.Module, names: set[str]) -> None:
     """Give `module` the class in which exactly `names` are parametrized."""
     cls = original_class(module) if _has_injected_class(module) else type(module)

@@ -1,14 +1,13 @@
 """What looks into parametrized modules from outside: torch.ao, replicas, export, subclasses."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.ao.nn.qat as qat
 import torch.ao.quantization as quantization
 from torch import nn
-from torch._library.opaque_object import register_opaque_type
-from torch._opaque_base import OpaqueBase
 from torch.ao.pruning import WeightNormSparsifier
 from torch.ao.pruning._experimental.pruner import SaliencyPruner
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -175,8 +174,9 @@ class TestTensorSubclasses:
 
     def test_unwrapping_with_opaque_raw_elements(self, side):
         register, _ = side
+        Factor = opaque()
         layer = nn.Linear(2, 2, bias=False)
-        register.register_parametrization(layer, "weight", Unit(), unsafe=True)
+        register.register_parametrization(layer, "weight", Unit(Factor), unsafe=True)
         held = layer.parametrizations.weight
         assert held.ntensors == 2
         assert isinstance(held.original1, Factor)
@@ -187,22 +187,34 @@ class TestTensorSubclasses:
         assert_close(layer.weight.detach(), torch.ones(2, 2))
 
 
-class Factor(OpaqueBase):
-    """An object that torch takes in a graph by reference."""
+@functools.cache
+def opaque():
+    """An object that torch takes in a graph by reference; the base class has had two names."""
+    from torch._library.opaque_object import register_opaque_type
 
-    def __init__(self, factor):
-        self.factor = factor
+    try:
+        from torch._opaque_base import OpaqueBase
+    except ImportError:
+        from torch._custom_class_base import CustomClassBase as OpaqueBase
 
+    class Factor(OpaqueBase):
+        def __init__(self, factor):
+            self.factor = factor
 
-register_opaque_type(Factor, typ="reference")
+    register_opaque_type(Factor, typ="reference")
+    return Factor
 
 
 class Unit(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.make = factor
+
     def forward(self, X, factor):
         return X * factor.factor
 
     def right_inverse(self, value):
-        return value, Factor(1.0)
+        return value, self.make(1.0)
 
 
 @pytest.fixture(params=[False, True])
