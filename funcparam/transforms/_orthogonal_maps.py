@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from funcparam.transforms._linalg import linalg
+from funcparam.transforms._skew_exp import skew_exp
 
 
 def _skew_hermitian(X: Tensor) -> Tensor:
@@ -27,12 +28,7 @@ def identity_like(X: Tensor) -> Tensor:
 
 
 def _matrix_exp(X: Tensor) -> Tensor:
-    exponential: Tensor = linalg.matrix_exp(_skew_hermitian(X))
-    Q = exponential[..., : X.shape[-1]]
-    # Squaring doubles the rounding error of a large A. One Newton-Schulz step squares it instead;
-    # it is the identity on orthogonal matrices, and so needs no derivative.
-    frame = Q.detach()
-    return Q + (frame - frame @ (frame.mH @ frame)) / 2
+    return skew_exp(_skew_hermitian(X))[..., : X.shape[-1]]
 
 
 def _cayley(X: Tensor) -> Tensor:
