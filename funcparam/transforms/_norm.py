@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms._base import State, Transform, expect_dim, expect_real
+from funcparam.transforms._fused_norm import can_fuse, fused_weight_norm
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
 
@@ -50,8 +51,13 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
     # No full_precision: norms accumulate in float32, autocast leaves them alone, and on small
     # weights asking costs a fifth of the map.
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        direction = raw["direction"]
-        return direction * (raw["magnitude"] / self._norm(direction))
+        magnitude, direction = raw["magnitude"], raw["direction"]
+        dim, last = self.dim, direction.ndim - 1
+        if dim is not None and last > 0 and can_fuse(magnitude, direction):
+            dim = dim if dim >= 0 else dim + last + 1
+            if dim in (0, last):
+                return fused_weight_norm(magnitude, direction, dim)
+        return direction * (magnitude / self._norm(direction))
 
     @full_precision
     def right_inverse(

@@ -32,11 +32,11 @@ def skew_exp(A: Tensor) -> Tensor:
     most = int(whole.amax())
     if most == 0:
         return _taylor(A)
-    Q = _taylor(A * torch.exp2(-doublings))
+    power = _taylor(A * torch.exp2(-doublings))
     for i in range(most):
-        square = Q @ Q
-        Q = square if whole.ndim == 2 else torch.where(i < doublings, square, Q)
-    return _nearest_orthogonal(Q)
+        square = power @ power
+        power = square if whole.ndim == 2 else torch.where(i < doublings, square, power)
+    return _nearest_orthogonal(power)
 
 
 def _taylor(A: Tensor) -> Tensor:

@@ -73,8 +73,10 @@ class SpectralNorm(Transform[Tensor]):
         if self.n_power_iterations is None:
             sigma: Tensor = linalg.matrix_norm(X, 2)
         else:
-            sigma = torch.vdot(state["u"], X @ state["v"]).real
-        return raw / torch.where(sigma.abs() < self.eps, 1, sigma)
+            sigma = torch.vdot(state["u"], X @ state["v"])
+            sigma = sigma.real if sigma.is_complex() else sigma
+        vanishes = sigma.detach().abs() < self.eps
+        return raw * (sigma + vanishes).reciprocal()  # cheaper than a division, backwards too
 
     @full_precision
     def right_inverse(
@@ -124,6 +126,8 @@ class SpectralNorm(Transform[Tensor]):
         return torch.where(norm > self.eps, vector / norm.clamp_min(self.eps), last)
 
     def _matrix(self, tensor: Tensor) -> Tensor:
+        if self.dim == 0 and tensor.ndim == 2:
+            return tensor
         return tensor.movedim(self.dim, 0).flatten(1)
 
 
