@@ -28,13 +28,14 @@ def read(module: nn.Module, name: str) -> Tensor:
     if _private.is_scripting():
         raise RuntimeError("Parametrization is not working with scripting.")
     own = module.__dict__
-    exchanged = own.get(_EXCHANGED)
-    if exchanged is not None and exchanged.get(name):
-        return exchanged[name][-1].value
-    resetting = own.get(_RESETTING)
-    if resetting is not None and name in resetting:
-        return resetting[name][0]
-    value = _cache.evaluate(_list(module, name))
+    resetting = None
+    if _EXCHANGED in own and own[_EXCHANGED].get(name):
+        return own[_EXCHANGED][name][-1].value
+    if _RESETTING in own:
+        resetting = own[_RESETTING]
+        if name in resetting:
+            return resetting[name][0]
+    value = _cache.evaluate(own["_modules"]["parametrizations"]._modules[name])
     if resetting is not None:
         resetting[name] = value, _private.version(value)
     return value

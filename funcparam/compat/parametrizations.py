@@ -146,6 +146,11 @@ class WeightNormModule(TransformModule):
     def __init__(self, dim: int | None) -> None:
         super().__init__(WeightNorm(dim), raw_names=("magnitude", "direction"))
 
+    def forward(self, *raw: Tensor) -> Tensor:
+        """Map magnitude and direction to the value."""
+        magnitude, direction = raw
+        return self.transform.forward({"magnitude": magnitude, "direction": direction}, {})
+
     @property
     def dim(self) -> int:
         dim = cast("WeightNorm", self.transform).dim
