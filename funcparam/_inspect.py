@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from funcparam._batching import Group
 from funcparam._boundary import Entry, RawTree, StateTree
 from funcparam.transforms._signature import NamedSpecs, TensorSpec
 
@@ -50,6 +51,21 @@ def summary(
     rows.append(["total", "", "", f"{_count(raw.values()):,}", f"{_count(state.values()):,}", ""])
     head = ["name", "transform", "value", "trained", "state", "violation"]
     return _table(head, rows, right=(3, 4, 5))
+
+
+def groups(found: Sequence[Group]) -> str:
+    """Which leaves are evaluated in one call, and why the others are not."""
+    rows = [
+        [
+            repr(group.transform),
+            str(group.entries[0].signature.value),
+            str(len(group.entries)),
+            f"one by one: {group.obstacle}" if group.obstacle else "in one call",
+            _name(group.entries[0]) + (", …" if len(group.entries) > 1 else ""),
+        ]
+        for group in found
+    ]
+    return _table(["transform", "value", "leaves", "evaluated", "names"], rows, right=(2,))
 
 
 def _name(entry: Entry) -> str:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
     Source: Salimans and Kingma, Weight Normalization, arXiv 1602.07868, equation 2.
     """
 
+    stacks_up_to: ClassVar[int] = 64 * 64
+
     dim: int | None = 0
 
     # No full_precision: norms accumulate in float32, autocast leaves them alone, and on small
@@ -58,6 +60,13 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
             if dim in (0, last):
                 return fused_weight_norm(magnitude, direction, dim)
         return direction * (magnitude / self._norm(direction))
+
+    def forward_stacked(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        direction = raw["direction"]
+        if self.dim == 0 and direction.ndim > 2:  # rows are independent of each other
+            rows = {name: tensor.flatten(0, 1) for name, tensor in raw.items()}
+            return self.forward(rows, state).unflatten(0, direction.shape[:2])
+        return super().forward_stacked(raw, state)
 
     @full_precision
     def right_inverse(

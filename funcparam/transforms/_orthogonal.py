@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ class Orthogonal(Transform[Tensor]):
     (Newton-Schulz).
     """
 
+    stacks_up_to: ClassVar[int] = 64 * 64
+
     map: Literal["matrix_exp", "cayley", "householder", "qr", "newton_schulz"] = "matrix_exp"
     trivialize: bool = True
 
@@ -102,6 +104,9 @@ class Orthogonal(Transform[Tensor]):
         elif self.map == "householder":
             frame = frame * state["signs"].unsqueeze(-2)
         return frame.mT if wide else frame
+
+    def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
+        return self.forward(raw, state)
 
     @full_precision
     def right_inverse(

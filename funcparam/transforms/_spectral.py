@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class SpectralNorm(Transform[Tensor]):
 
     Source: Miyato et al., Spectral Normalization for GANs, arXiv 1802.05957, algorithm 1.
     """
+
+    stacks_up_to: ClassVar[int] = 64 * 64
 
     dim: int = 0
     n_power_iterations: int | None = 1

@@ -1,0 +1,41 @@
+"""Interleaved timing: every round measures each candidate once, so a busy machine slows all."""
+
+import platform
+import statistics
+import time
+
+import torch
+
+
+def once(function, repeats):
+    """Seconds a call, over `repeats` calls."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleaved(functions, rounds=11, seconds=0.02):
+    """Seconds a call of each function in each round, as lists by name."""
+    repeats = {}
+    for name, function in functions.items():
+        function()
+        repeats[name] = max(1, int(seconds / once(function, 2)))
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(once(function, repeats[name]))
+    return times
+
+
+def ratio(times, slow, fast):
+    """Median of slow / fast over the rounds, with its quartiles."""
+    ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return statistics.median(ratios), low, high
+
+
+def machine():
+    """What it ran on, in one line."""
+    threads = torch.get_num_threads()
+    return f"torch {torch.__version__}, {platform.machine()}, threads: {threads}"
