@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from funcparam._boundary import Entry, RawTree, StateTree
 from funcparam.transforms._base import AnyTransform, State, Transform
+
+_NOTHING: State = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ def evaluate(
     """Map raw to the values of a stacked group, in one call."""
     raws = [raw[name] for name in names]
     states = [state[name] for name in names] if names[0] in state else []
-    if not (_can_stack(raws) and _can_stack(states)):
-        own = states or [cast("State", {})] * len(raws)
-        return [transform.forward(r, s) for r, s in zip(raws, own, strict=True)]
-    return transform.forward_stacked(_stack(raws), _stack(states) if states else {}).unbind()
+    stack, own = _stack(raws), _stack(states) if states else _NOTHING
+    if stack is None or own is None:
+        owns = states or [_NOTHING] * len(raws)
+        return [transform.forward(r, s) for r, s in zip(raws, owns, strict=True)]
+    return transform.forward_stacked(stack, own).unbind()
 
 
 def update(
@@ -70,30 +74,29 @@ def update(
     raws, states = [raw[name] for name in names], [state[name] for name in names]
     if type(transform).update is Transform.update:
         return states
-    if not (_can_stack(raws) and _can_stack(states)):
+    stack, own = _stack(raws), _stack(states)
+    if stack is None or own is None:
         return [transform.update(r, s) for r, s in zip(raws, states, strict=True)]
-    new = torch.func.vmap(transform.update)(_stack(raws), _stack(states))
+    new = torch.func.vmap(transform.update)(stack, own)
     return [
         dict(zip(new, parts, strict=True))
         for parts in zip(*(tensor.unbind() for tensor in new.values()), strict=True)
     ]
 
 
-def _can_stack(leaves: Sequence[Any]) -> bool:
-    """Whether all are plain tensors of one kind; subclasses know better how they are stored."""
-    kinds = [_kinds(leaf) for leaf in leaves]
-    return all(kind is not None and kind == kinds[0] for kind in kinds)
-
-
-def _kinds(leaf: Any) -> list[Any] | None:
-    tensors: list[Any] = list(leaf.values()) if isinstance(leaf, Mapping) else [leaf]
-    if not all(type(t) is nn.Parameter or type(t) is Tensor for t in tensors):
-        return None
-    return [(t.device, t.dtype) for t in tensors]
-
-
 def _stack(leaves: Sequence[Any]) -> Any:
+    """One stack, or one for each name; None if they are not plain tensors of one kind."""
     first = leaves[0]
-    if isinstance(first, Tensor):
-        return torch.stack(cast("Sequence[Tensor]", leaves))
-    return {key: torch.stack([leaf[key] for leaf in leaves]) for key in first}
+    if not isinstance(first, Mapping):
+        return torch.stack(leaves) if _are_alike(leaves) else None  # pyright: ignore
+    columns = {name: [leaf[name] for leaf in leaves] for name in cast("State", first)}
+    if not all(map(_are_alike, columns.values())):
+        return None
+    return {name: torch.stack(column) for name, column in columns.items()}
+
+
+def _are_alike(tensors: Sequence[Any]) -> bool:
+    """Whether all are plain, since subclasses know better how they are stored, and of one kind."""
+    if not {type(t) for t in tensors} <= {nn.Parameter, Tensor}:
+        return False
+    return len({(t.dtype, t.device) for t in tensors}) == 1

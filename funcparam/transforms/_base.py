@@ -67,7 +67,7 @@ class Transform(ABC, Generic[R]):
 
         The default is `torch.func.vmap` of [`forward`][..forward].
         """
-        return torch.func.vmap(self.forward)(raw, state)
+        return torch.func.vmap(self.forward)(raw, dict(state))
 
     @abstractmethod
     def right_inverse(

@@ -65,7 +65,7 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
         direction = raw["direction"]
         if self.dim == 0 and direction.ndim > 2:  # rows are independent of each other
             rows = {name: tensor.flatten(0, 1) for name, tensor in raw.items()}
-            return self.forward(rows, state).unflatten(0, direction.shape[:2])
+            return self.forward(rows, state).view_as(direction)
         return super().forward_stacked(raw, state)
 
     @full_precision

@@ -77,8 +77,15 @@ class SpectralNorm(Transform[Tensor]):
         else:
             sigma = torch.vdot(state["u"], X @ state["v"])
             sigma = sigma.real if sigma.is_complex() else sigma
-        vanishes = sigma.detach().abs() < self.eps
-        return raw * (sigma + vanishes).reciprocal()  # cheaper than a division, backwards too
+        return raw * self._reciprocal(sigma)  # cheaper than a division, backwards too
+
+    @full_precision
+    def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
+        if self.dim != 0 or raw.ndim != 3 or self.n_power_iterations is None or raw.is_complex():
+            return super().forward_stacked(raw, state)
+        outer = state["u"].unsqueeze(-1) * state["v"].unsqueeze(-2)
+        sigma = (raw * outer).sum((-2, -1), keepdim=True)
+        return raw * self._reciprocal(sigma)
 
     @full_precision
     def right_inverse(
@@ -126,6 +133,10 @@ class SpectralNorm(Transform[Tensor]):
         """`vector` with norm 1; the last one where it is zero, from which nothing would return."""
         norm: Tensor = linalg.vector_norm(vector)
         return torch.where(norm > self.eps, vector / norm.clamp_min(self.eps), last)
+
+    def _reciprocal(self, sigma: Tensor) -> Tensor:
+        vanishes = sigma.detach().abs() < self.eps
+        return (sigma + vanishes).reciprocal()
 
     def _matrix(self, tensor: Tensor) -> Tensor:
         if self.dim == 0 and tensor.ndim == 2:

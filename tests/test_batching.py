@@ -1,0 +1,253 @@
+"""Stacked evaluation is the evaluation one by one, in values and in every derivative."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.testing import assert_close
+
+import funcparam as fp
+from funcparam.transforms import (
+    Interval,
+    Orthogonal,
+    SpecialOrthogonal,
+    SpectralNorm,
+    WeightNorm,
+)
+
+TRANSFORMS = [
+    Orthogonal(),
+    Orthogonal("cayley"),
+    Orthogonal("householder"),
+    Orthogonal("householder", trivialize=False),
+    Orthogonal("qr"),
+    Orthogonal("newton_schulz"),
+    WeightNorm(),
+    WeightNorm(1),
+    WeightNorm(None),
+    SpectralNorm(),
+    SpectralNorm(1),
+    SpectralNorm(n_power_iterations=None),
+]
+
+
+def moved(raw):
+    return torch.utils._pytree.tree_map(lambda x: x + 0.3 * torch.randn_like(x), raw)
+
+
+@pytest.fixture(params=TRANSFORMS, ids=str)
+def case(request):
+    """A parametrization of three equal layers and another one, its raw and state."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 5) for _ in range(3)] + [nn.Linear(4, 2)]
+    net = nn.ModuleList(layers).double()
+    p = fp.parametrize(net, {"*.weight": request.param})
+    raw, state = p.init(net)
+    return p, moved(raw), state
+
+
+def one_by_one(p, raw, state):
+    values = {name: p[name].forward(raw[name], state.get(name, {})) for name in p}
+    return {name: values.get(name, tensor) for name, tensor in raw.items()}
+
+
+def energy(values):
+    return sum((v * torch.arange(v.numel()).view_as(v)).sin().sum() for v in values.values())
+
+
+def test_three_are_stacked(case):
+    p, _, _ = case
+    table = p.plan().splitlines()
+    assert len(table) == 4
+    assert "3  in one call" in table[2]
+    assert "one by one: alone" in table[3]
+
+
+def test_values_and_order(case):
+    p, raw, state = case
+    values = p(raw, state)
+    assert list(values) == list(raw)
+    assert_close(values, one_by_one(p, raw, state))
+
+
+def test_gradients(case):
+    p, raw, state = case
+    ours = grad(lambda raw: energy(p(raw, state)))(raw)
+    assert_close(ours, grad(lambda raw: energy(one_by_one(p, raw, state)))(raw))
+
+
+def test_gradients_of_autograd(case):
+    p, raw, state = case
+    leaves, spec = torch.utils._pytree.tree_flatten(raw)
+    leaves = [x.requires_grad_() for x in leaves]
+    raw = torch.utils._pytree.tree_unflatten(leaves, spec)
+    ours = torch.autograd.grad(energy(p(raw, state)), leaves, create_graph=True)
+    theirs = torch.autograd.grad(energy(one_by_one(p, raw, state)), leaves, create_graph=True)
+    assert_close(ours, theirs)
+    second = torch.autograd.grad(sum(x.square().sum() for x in ours), leaves, allow_unused=True)
+    expected = torch.autograd.grad(sum(x.square().sum() for x in theirs), leaves, allow_unused=True)
+    for a, b in zip(second, expected, strict=True):
+        assert_close(torch.zeros(()) if a is None else a, torch.zeros(()) if b is None else b)
+
+
+def test_forward_mode_and_vmap(case):
+    p, raw, state = case
+    tangent = torch.utils._pytree.tree_map(torch.ones_like, raw)
+    ours = jvp(lambda raw: p(raw, state), (raw,), (tangent,))
+    assert_close(ours, jvp(lambda raw: one_by_one(p, raw, state), (raw,), (tangent,)))
+    many = torch.utils._pytree.tree_map(lambda x: torch.stack([x, x + 0.1]), raw)
+    ours = vmap(grad(lambda raw: energy(p(raw, state))))(many)
+    theirs = vmap(grad(lambda raw: energy(one_by_one(p, raw, state))))(many)
+    assert_close(ours, theirs)
+
+
+def test_compiled_whole(case):
+    p, raw, state = case
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    values = torch.compile(p, backend=backend, fullgraph=True)(raw, state)
+    assert_close(values, p(raw, state))
+    assert len(graphs) == 1
+
+
+def test_update(case):
+    p, raw, state = case
+    new = p.update(raw, state)
+    expected = {name: p[name].update(raw[name], own) for name, own in state.items()}
+    assert list(new) == list(state)
+    assert_close(new, expected)
+    for name, own in state.items():
+        for key, tensor in own.items():
+            assert (new[name][key] is tensor) == (expected[name][key] is tensor)
+
+
+def stack_of(transform, count=3, shape=(4, 4), **kwargs):
+    torch.manual_seed(0)
+    values = {f"w{i}": torch.randn(shape, **kwargs) for i in range(count)}
+    p = fp.parametrize(values, {"*": transform})
+    raw, state = p.init(values)
+    return p, raw, state
+
+
+def test_a_frozen_leaf_in_a_stack():
+    p, raw, state = stack_of(Orthogonal())
+    raw["w0"].requires_grad_()
+    raw["w2"].requires_grad_()
+    energy(p(raw, state)).backward()
+    assert raw["w1"].grad is None
+    expected = grad(lambda x: energy(p({**raw, "w2": x}, state)))(raw["w2"].detach())
+    assert_close(raw["w2"].grad, expected)
+
+
+def test_mixed_precision_and_devices_go_one_by_one():
+    p, raw, state = stack_of(WeightNorm())
+    raw["w1"] = {name: tensor.double() for name, tensor in raw["w1"].items()}
+    values = p(raw, state)
+    assert [v.dtype for v in values.values()] == [torch.float32, torch.float64, torch.float32]
+    raw["w1"] = {name: tensor.to("meta") for name, tensor in raw["w1"].items()}
+    assert [v.device.type for v in p(raw, state).values()] == ["cpu", "meta", "cpu"]
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def test_subclasses_go_one_by_one():
+    p, raw, state = stack_of(Orthogonal())
+    expected = p(raw, state)
+    raw = {name: tensor.as_subclass(Tagged) for name, tensor in raw.items()}
+    values = p(raw, state)
+    assert all(type(v) is Tagged for v in values.values())
+    assert_close({n: v.as_subclass(torch.Tensor) for n, v in values.items()}, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transform", [Orthogonal(), WeightNorm(), SpectralNorm()], ids=str)
+def test_half_precision_and_autocast(transform, dtype):
+    p, raw, state = stack_of(transform, dtype=dtype)
+    assert_close(p(raw, state), one_by_one(p, raw, state))
+    p, raw, state = stack_of(transform)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(p(raw, state), one_by_one(p, raw, state))
+
+
+def test_batches_of_matrices_and_empty_ones():
+    for transform in (Orthogonal(), Orthogonal("householder")):
+        p, raw, state = stack_of(transform, shape=(2, 4, 3))
+        raw = moved(raw)
+        assert_close(p(raw, state), one_by_one(p, raw, state))
+        p, raw, state = stack_of(transform, shape=(0, 4, 3))
+        assert p(raw, state)["w1"].shape == (0, 4, 3)
+
+
+def test_a_group_of_very_different_norms():
+    p, raw, state = stack_of(Orthogonal())
+    raw = {"w0": raw["w0"] + 1e-6, "w1": raw["w1"] + 300.0, "w2": raw["w2"] + 1.0}
+    assert_close(p(raw, state), one_by_one(p, raw, state), rtol=0, atol=1e-6)
+
+
+def test_what_is_not_stacked_and_why():
+    layers = [nn.Linear(3, 3) for _ in range(2)] + [nn.Linear(300, 300) for _ in range(2)]
+    net = nn.ModuleList(layers)
+    rules = {"*.weight": Orthogonal(), "*.bias": Interval(-1, 1)}
+    table = fp.parametrize(net, rules).plan()
+    assert "in one call" in table
+    assert "one by one: 90000 entries, no gain above 4096" in table
+    assert "one by one: no gain measured" in table
+    assert fp.parametrize(net, {}).plan().splitlines()[0].startswith("transform")
+
+
+def test_different_settings_are_different_groups():
+    net = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+    rules = [("[01].weight", Orthogonal()), ("*.weight", Orthogonal("cayley"))]
+    assert fp.parametrize(net, rules).plan().count("2  in one call") == 2
+
+
+def test_ties_are_one_leaf_of_a_stack():
+    net = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+    net[2].weight = net[0].weight
+    p = fp.parametrize(net, {"*.weight": SpecialOrthogonal("cayley")})
+    q = fp.parametrize(net, {"*.weight": Orthogonal("cayley")})
+    assert "2  in one call" in q.plan()
+    raw, state = q.init(net)
+    values = q(moved(raw), state)
+    assert values["0.weight"] is values["2.weight"]
+    assert len(p.plan().splitlines()) == 3
+
+
+def test_a_network_trains_on_stacked_weights():
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]).double()
+    p = fp.parametrize(net, {"*.weight": WeightNorm()})
+    model = fp.Parametrized(net, p)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 4).double()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    raw, state = p.init(net)
+    for _ in range(3):
+
+        def loss(raw):
+            return functional_call(net, one_by_one(p, raw, state), (x,)).square().mean()
+
+        step = grad(loss)(raw)
+        raw = torch.utils._pytree.tree_map(lambda a, b: a - 0.1 * b, raw, step)
+    assert_close(model.fold()[1].weight.detach(), p(raw, state)["1.weight"])
+
+
+def test_second_derivatives_of_a_stack():
+    p, raw, state = stack_of(WeightNorm(), count=2, shape=(2, 2), dtype=torch.double)
+
+    def f(x, evaluate):
+        return energy(evaluate({**raw, "w1": {**raw["w1"], "direction": x}}, state))
+
+    x = raw["w1"]["direction"]
+    ours = hessian(lambda x: f(x, p))(x)
+    theirs = hessian(lambda x: f(x, lambda raw, state: one_by_one(p, raw, state)))(x)
+    assert_close(ours, theirs)
