@@ -1,0 +1,260 @@
+"""The prepared call is `torch.func.functional_call`: values, errors, and what it leaves behind."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import grad, jvp, stack_module_state, vmap
+from torch.testing import assert_close
+
+import funcparam as fp
+from funcparam.compat import parametrizations
+
+
+class Net(nn.Module):
+    """Layers with ties, a shared submodule, running statistics and a buffer it replaces."""
+
+    def __init__(self, tied=True, shared=True):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(3, 3) for _ in range(3))
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("nothing", None)
+        if tied:
+            self.b.weight = self.a.weight
+        if shared:
+            self.again = self.c
+
+    def forward(self, x, *, fail=False, scale=1.0):
+        self.calls = self.calls + 1
+        x = self.b(self.a(x)) * scale
+        if fail:
+            raise ArithmeticError("on the way")
+        return self.norm(getattr(self, "again", self.c)(x)) + self.calls
+
+
+NAMES = ["a.weight", "a.bias", "b.weight", "c.weight", "again.bias", "norm.weight"]
+BUFFERS = ["calls", "norm.running_mean", "norm.num_batches_tracked"]
+X = torch.linspace(-1, 1, 12).view(4, 3)
+
+
+def net_and_params(names, tied=True, shared=True, seed=0):
+    torch.manual_seed(seed)
+    net = Net(tied, shared)
+    every = {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers())}
+    params = {}
+    for name in names:
+        if name in every:
+            like = every[name]
+            new = torch.rand(like.shape) if like.is_floating_point() else like.clone()
+            params[name] = new
+        else:
+            params[name] = torch.rand(3)
+    return net, params
+
+
+def outcome(call, net, params, *args, **kwargs):
+    """What it returns or raises, and what became of the caller's dict and of the module."""
+    before = {name: id(t) for name, t in net.state_dict(keep_vars=True).items()}
+    try:
+        result = call(params, *args, **kwargs)
+    except Exception as error:
+        result = type(error)
+    after = {name: id(t) for name, t in net.state_dict(keep_vars=True).items()}
+    return result, params, net.state_dict(), before == after
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    names=st.lists(st.sampled_from([*NAMES, *BUFFERS, "unknown", "a.unknown"]), unique=True),
+    tied=st.booleans(),
+    fail=st.booleans(),
+    strict=st.booleans(),
+    training=st.booleans(),
+    same=st.booleans(),
+)
+def test_it_is_torchs(names, tied, fail, strict, training, same):
+    found = []
+    for prepared in (False, True):
+        net, params = net_and_params(names, tied, shared=False)
+        net.train(training)
+        if same and {"a.weight", "b.weight"} <= set(params):
+            params["b.weight"] = params["a.weight"]
+        if prepared:
+            call = fp.functional_call(net)
+        else:
+
+            def call(*args, net=net, **kwargs):
+                return torch.func.functional_call(net, *args, **kwargs)
+
+        kwargs = {"fail": fail, "scale": 2.0}
+        found.append(outcome(call, net, params, (X,), kwargs, strict=strict))
+    (theirs, their_params, their_state, _), (ours, our_params, our_state, untouched) = found
+    if isinstance(theirs, type):
+        assert ours is theirs
+    else:
+        assert_close(ours, theirs)
+    assert_close(our_params, their_params)
+    assert_close(our_state, their_state)
+    assert untouched == found[0][3]
+
+
+def test_a_shared_submodule_is_restored_where_torch_leaves_the_values():
+    net, _ = net_and_params([])
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    call = fp.functional_call(net)
+    for names in (["c.weight"], ["again.weight"], ["c.bias"]):
+        call({name: torch.zeros_like(net.get_parameter(name)) for name in names}, (X,))
+        assert_close(
+            {k: v for k, v in net.state_dict().items() if k[:2] in ("a.", "c.", "ag")},
+            {k: v for k, v in before.items() if k[:2] in ("a.", "c.", "ag")},
+        )
+
+
+def test_one_name_of_a_tie_serves_all():
+    net, _ = net_and_params([])
+    zeros = torch.zeros(3, 3)
+    seen = {}
+    net.a.register_forward_pre_hook(lambda m, _: seen.update(a=m.weight))
+    net.b.register_forward_pre_hook(lambda m, _: seen.update(b=m.weight))
+    for name in ("a.weight", "b.weight"):
+        seen.clear()
+        fp.functional_call(net)({name: zeros}, (X,))
+        assert seen["a"] is seen["b"] is zeros
+    with pytest.raises(ValueError, match="tied"):
+        fp.functional_call(net)({"a.weight": zeros, "b.weight": zeros + 1}, (X,))
+
+
+def test_several_dicts_and_one_argument_alone():
+    net = nn.Linear(3, 3)
+    call = fp.functional_call(net)
+    zeros = torch.zeros(3, 3)
+    assert_close(call(({"weight": zeros}, {"bias": zeros[0]}), X), X * 0)
+    with pytest.raises(ValueError, match="appeared in multiple dictionaries"):
+        call(({"weight": zeros}, {"weight": zeros}), X)
+
+
+def test_the_module_may_change_afterwards():
+    net, _ = net_and_params([])
+    call = fp.functional_call(net)
+    call({"a.bias": torch.ones(3)}, (X,))
+    net.b = nn.Linear(3, 3)
+    params = {"b.weight": torch.rand(3, 3), "a.weight": torch.rand(3, 3)}
+    net.eval()
+    twin = copy.deepcopy(net)
+    assert_close(call(dict(params), (X,)), torch.func.functional_call(twin, dict(params), (X,)))
+    net.c.weight = net.b.weight  # a new tie
+    twin = copy.deepcopy(net)
+    params = {"b.weight": torch.rand(3, 3)}
+    assert_close(call(dict(params), (X,)), torch.func.functional_call(twin, dict(params), (X,)))
+    parametrizations.weight_norm(net.a)
+    twin = copy.deepcopy(net)
+    params = {"a.weight": torch.rand(3, 3)}
+    assert_close(call(dict(params), (X,)), torch.func.functional_call(twin, dict(params), (X,)))
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3, bias=False)
+        self.depth = 0
+
+    def forward(self, x, call=None):
+        inner = 0 if call is None else call({"layer.weight": 2 * self.layer.weight}, (x,))
+        return self.layer(x) + inner
+
+
+def test_nested_calls():
+    net = Nested()
+    call = fp.functional_call(net)
+    W = torch.rand(3, 3)
+    before = net.layer.weight
+    assert_close(call({"layer.weight": W}, (X,), {"call": call}), 3 * X @ W.T)
+    assert net.layer.weight is before
+
+
+def test_transforms_go_through():
+    net, params = net_and_params(["a.weight", "c.bias"])
+    net.eval()
+    call = fp.functional_call(net)
+
+    calls = torch.zeros(())
+
+    def prepared(params):
+        return call({**params, "calls": calls}, (X,)).square().sum()
+
+    def by_torch(params):
+        params = {**params, "calls": calls}
+        return torch.func.functional_call(net, params, (X,)).square().sum()
+
+    assert_close(grad(prepared)(params), grad(by_torch)(params))
+    tangent = {name: torch.ones_like(t) for name, t in params.items()}
+    assert_close(jvp(prepared, (params,), (tangent,)), jvp(by_torch, (params,), (tangent,)))
+    layers = [nn.Linear(3, 3) for _ in range(4)]
+    raw, _ = stack_module_state(layers)
+    many = vmap(lambda raw: fp.functional_call(layers[0])(raw, (X,)))(raw)
+    assert_close(many, torch.stack([layer(X) for layer in layers]))
+
+
+def test_compiled_whole():
+    net = nn.Linear(3, 3)
+    call = fp.functional_call(net)
+    compiled = torch.compile(lambda W: call({"weight": W}, (X,)), backend="eager", fullgraph=True)
+    W = torch.rand(3, 3)
+    assert_close(compiled(W), X @ W.T + net.bias)
+
+
+def test_threads_take_turns():
+    net = nn.Sequential(*[nn.Linear(3, 3, bias=False) for _ in range(20)])
+    call = fp.functional_call(net)
+    before = [layer.weight for layer in net]
+    wrong = []
+
+    def work(k):
+        W = torch.eye(3) * (1 + k / 100)
+        params = {f"{i}.weight": W for i in range(20)}
+        expected = X * (1 + k / 100) ** 20
+        for _ in range(30):
+            if not torch.allclose(call(params, (X,)), expected, rtol=1e-4):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert all(layer.weight is old for layer, old in zip(net, before, strict=True))
+
+
+def test_it_holds_nothing_of_a_call():
+    net = nn.Linear(3, 3)
+    call = fp.functional_call(net)
+    W = torch.rand(3, 3)
+    held = weakref.ref(W)
+    call({"weight": W}, (X,))
+    del W
+    gc.collect()
+    assert held() is None
+
+
+def test_copies_and_pickles():
+    net = nn.Linear(3, 3)
+    call = fp.functional_call(net)
+    W = {"weight": torch.rand(3, 3)}
+    expected = call(W, (X,))
+    for twin in (copy.deepcopy(call), pickle.loads(pickle.dumps(call))):
+        assert twin.net is not net
+        assert_close(twin(W, (X,)), expected)
+
+
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match="functional_call expects a module; got dict"):
+        fp.functional_call({})
