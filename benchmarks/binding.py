@@ -2,8 +2,8 @@
 
     python benchmarks/binding.py
 
-The layers add their bias and nothing else, so that binding is most of what is measured; the cost
-of running the network by itself is subtracted from both.
+The layers compute nothing, so that binding is most of what is measured; the cost of running the
+network by itself is subtracted from both.
 """
 
 import statistics
@@ -15,9 +15,12 @@ from torch import nn
 import funcparam as fp
 
 
-class Bias(nn.Module):
+class Layer(nn.Module):
+    """A weight and a bias, as most layers have, that cost nothing to apply."""
+
     def __init__(self):
         super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
@@ -32,7 +35,7 @@ def main():
     print("|---|---|---|---|")
     x = torch.zeros(1)
     for count in (10, 100, 1000):
-        net = nn.Sequential(*[Bias() for _ in range(count)])
+        net = nn.Sequential(*[Layer() for _ in range(count // 2)])
         params = {name: torch.ones(1) for name, _ in net.named_parameters()}
         call = fp.functional_call(net)
         functions = {

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
 from threading import RLock
-from typing import Any, NamedTuple, cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
-Tables = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+Place = tuple[dict[str, Any], str]
+"""The table of a submodule, and the key in it, under which a tensor is kept."""
 
-
-class _Slot(NamedTuple):
-    """Where a tensor is kept: the places of all its names."""
-
-    places: tuple[tuple[dict[str, Any], str], ...]
-
-
-class _Node(NamedTuple):
-    """A submodule as it was when the call was prepared."""
-
-    module: nn.Module
-    type: type
-    tables: Tables
-    children: list[nn.Module | None]
-    tensors: list[int]
+_values = cast("Any", dict.values)
+_tables: Any = attrgetter("_parameters", "_buffers", "_modules")
 
 
 @final
@@ -64,14 +54,13 @@ class FunctionalCall:
         positional = cast("tuple[Any, ...]", args) if isinstance(args, tuple) else (args,)
         if strict or torch.compiler.is_compiling() or not isinstance(params, dict):
             return self._by_torch(params, positional, kwargs, strict=strict)
-        given = cast("dict[str, Tensor]", params)
         with self._lock:  # other threads wait; the same one may call again
-            if not self._is_as_prepared():
+            if self._picture() != self._prepared:
                 self._prepare()
-            chosen = self._choose(given)
-            if chosen is None:
-                return self._by_torch(given, positional, kwargs, strict=False)
-            return self._swapped(given, chosen, positional, kwargs or {})
+            places = self._places_of(params)
+            if places is None:
+                return self._by_torch(params, positional, kwargs, strict=False)
+            return self._swapped(params, places, positional, kwargs or {})
 
     def __reduce__(self) -> Any:
         return FunctionalCall, (self.net,)
@@ -82,84 +71,83 @@ class FunctionalCall:
             self.net, params, args, None if kwargs is None else dict(kwargs), strict=strict
         )
 
-    def _choose(self, params: dict[str, Tensor]) -> list[tuple[str, Tensor, _Slot]] | None:
-        """The slot of each name; None if PyTorch has to say what to do with these names."""
-        slots = self._slots
+    def _places_of(self, params: dict[str, Tensor]) -> list[Place] | None:
+        """The place of each name; None if PyTorch has to say what to do with these names."""
         try:
-            chosen = [(name, value, slots[name]) for name, value in params.items()]
+            places = [self._place[name] for name in params]
         except KeyError:
             return None
-        if not all(isinstance(value, Tensor) for value in params.values()):
+        if not all(issubclass(kind, Tensor) for kind in set(map(type, params.values()))):
             return None
-        if self._ties and len({id(slot) for _, _, slot in chosen}) < len(chosen):
-            return None  # several names of one tie
-        return chosen
+        if self._aliases:
+            first = {(id(table), key) for table, key in places}
+            if len(first) < len(places):
+                return None  # several names of one tie
+        return places
 
     def _swapped(
         self,
         params: dict[str, Tensor],
-        chosen: list[tuple[str, Tensor, _Slot]],
+        places: list[Place],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        before = [slot.places[0][0][slot.places[0][1]] for _, _, slot in chosen]
+        items = list(params.items())
+        before = [table[key] for table, key in places]
+        tied = [name for name, _ in items if name in self._aliases] if self._aliases else []
         try:
-            for _, value, slot in chosen:
-                for table, key in slot.places:
-                    table[key] = value
+            for (table, key), (_, value) in zip(places, items, strict=True):
+                table[key] = value
+            for name in tied:
+                _put(self._aliases[name], params[name])
             return self.net(*args, **kwargs)
         finally:
-            for (name, value, slot), old in zip(chosen, before, strict=True):
-                table, key = slot.places[0]
-                found = table.get(key, value)
-                if found is not value:
-                    params[name] = found
-                for table, key in slot.places:
-                    table[key] = old
+            for (table, key), (name, value), old in zip(places, items, before, strict=True):
+                if table.get(key, value) is not value:
+                    params[name] = table[key]
+                table[key] = old
+            for name in tied:
+                _put(self._aliases[name], _get(self._place[name]))
 
     def _prepare(self) -> None:
         """Look up where every tensor of the tree is kept."""
-        self._nodes: list[_Node] = []
-        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        names: dict[str, int] = {}
-        seen: set[int] = set()
         tree = cast(
             "Iterator[tuple[str, nn.Module]]", self.net.named_modules(remove_duplicate=False)
         )
+        modules: dict[int, nn.Module] = {}
+        holder: dict[str, int] = {}
+        kept: dict[int, list[Place]] = {}
         for path, module in tree:
-            own = module.__dict__
-            tables: Tables = (own["_parameters"], own["_buffers"], own["_modules"])
-            is_new = id(module) not in seen
-            seen.add(id(module))
-            if is_new:
-                children = [*tables[2].values()]
-                self._nodes.append(_Node(module, type(module), tables, children, _ids(tables)))
-            for table in tables[:2]:
+            for table in _tables(module)[:2]:
                 for key, tensor in table.items():
                     if tensor is None:
                         continue
-                    names[f"{path}.{key}" if path else key] = id(tensor)
-                    if is_new:
-                        places.setdefault(id(tensor), []).append((table, key))
-        slots = {number: _Slot(tuple(found)) for number, found in places.items()}
-        self._slots = {name: slots[number] for name, number in names.items()}
-        self._ties = len(slots) < len(names)
+                    holder[f"{path}.{key}" if path else key] = id(tensor)
+                    if id(module) not in modules:
+                        kept.setdefault(id(tensor), []).append((table, key))
+            modules[id(module)] = module
+        self._modules = list(modules.values())
+        self._place = {name: kept[tensor][0] for name, tensor in holder.items()}
+        shared = len(set(holder.values())) < len(holder)
+        tied = holder.items() if shared else ()
+        self._aliases = {name: kept[tensor][1:] for name, tensor in tied}
+        self._prepared = self._picture()
 
-    def _is_as_prepared(self) -> bool:
-        """Whether the tree, its classes and its tensors, and so its ties, are still the same."""
-        for module, cls, tables, children, tensors in self._nodes:
-            own = module.__dict__
-            if type(module) is not cls or own["_modules"] is not tables[2]:
-                return False
-            if own["_parameters"] is not tables[0] or own["_buffers"] is not tables[1]:
-                return False
-            if _ids(tables) != tensors or [*tables[2].values()] != children:
-                return False
-        return True
+    def _picture(self) -> list[Any]:
+        """All on which the places depend: classes, tables, children, and who shares a tensor."""
+        tables: list[dict[str, Any]] = list(chain.from_iterable(map(_tables, self._modules)))
+        entries = cast("Any", chain.from_iterable(map(_values, filter(None, tables))))
+        return [*map(type, self._modules), *map(id, tables), *map(id, entries)]
 
 
-def _ids(tables: Tables) -> list[int]:
-    return [*map(id, tables[0].values()), *map(id, tables[1].values())]
+def _get(place: Place) -> Any:
+    table, key = place
+    return table[key]
+
+
+def _put(places: list[Place], tensor: Any) -> None:
+    for table, key in places:
+        table[key] = tensor
 
 
 def functional_call(net: nn.Module) -> FunctionalCall:
