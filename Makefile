@@ -47,6 +47,13 @@ docs: $(READY) ## Build the documentation into site/
 conformance: $(READY) ## Run PyTorch's own tests against compat; FILE=its test_parametrization.py
 	$(BIN)/python tests/conformance.py $(FILE) $(ARGS)
 
+.PHONY: bench
+bench: $(READY) ## Measure everything that docs/benchmarks.md shows
+	$(BIN)/python benchmarks/maps.py
+	$(BIN)/python benchmarks/binding.py
+	$(BIN)/python benchmarks/compat.py
+	$(BIN)/python benchmarks/evaluation.py
+
 .PHONY: bench-compat
 bench-compat: $(READY) ## Measure compat beside torch's own module
 	$(BIN)/python benchmarks/compat.py
@@ -56,8 +63,8 @@ certificate: $(READY) ## Write the matrix of transforms and laws into docs/certi
 	$(BIN)/python -m tests.certificate docs/certificate.md
 
 .PHONY: bench-quick
-bench-quick: $(READY) ## Measure the cost of evaluating a parametrization
-	$(BIN)/python benchmarks/evaluation.py
+bench-quick: $(READY) ## Measure the maps in fewer rounds, in under three minutes
+	$(BIN)/python benchmarks/maps.py --quick
 
 .PHONY: clean
 clean: ## Remove everything that was made, the virtual environment too

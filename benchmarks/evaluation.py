@@ -4,7 +4,7 @@
 
 Side by side in one process: by hand, a loop over the weights that are parametrized with the bare
 mathematics and a copied dictionary; and `p`. Rounds alternate between the two; medians, and the
-ratio of the medians with its quartiles. The maps are those of the library in both.
+ratio of the medians with its quartiles. By hand the maps are what one would write first.
 """
 
 import argparse

@@ -16,6 +16,9 @@ from funcparam.transforms._base import AnyTransform, State, Transform
 
 _NOTHING: State = MappingProxyType({})
 
+FEWEST = 4
+"""Leaves from which on a stack saves more than making it and taking it apart costs."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -34,8 +37,8 @@ class Group:
         """Why the leaves are evaluated one by one; empty if they are stacked."""
         largest = self.transform.stacks_up_to
         entries = prod(self.entries[0].signature.value.shape)
-        if len(self.entries) == 1:
-            return "alone"
+        if len(self.entries) < FEWEST:
+            return f"fewer than {FEWEST}"
         if largest == 0:
             return "no gain measured"
         if entries > largest:
