@@ -1,6 +1,6 @@
 """Parametrized weights as pure functions over a parameter dictionary."""
 
-from funcparam import transforms
+from funcparam import checkpoint, transforms
 from funcparam._functional_call import FunctionalCall, functional_call
 from funcparam._module import Parametrized, fold
 from funcparam._parametrization import Parametrization, parametrize
@@ -11,6 +11,7 @@ __all__ = [
     "Parametrization",
     "Parametrized",
     "Transform",
+    "checkpoint",
     "fold",
     "functional_call",
     "parametrize",

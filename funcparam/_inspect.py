@@ -27,7 +27,7 @@ def overview(entries: Sequence[Entry]) -> str:
     ]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def summary(
@@ -50,7 +50,7 @@ def summary(
     rows.append(["everything else", "", "", f"{plain:,}", "0", ""])
     rows.append(["total", "", "", f"{_count(raw.values()):,}", f"{_count(state.values()):,}", ""])
     head = ["name", "transform", "value", "trained", "state", "violation"]
-    return _table(head, rows, right=(3, 4, 5))
+    return table(head, rows, right=(3, 4, 5))
 
 
 def groups(found: Sequence[Group]) -> str:
@@ -88,7 +88,7 @@ def _count(leaves: Iterable[Tensor | Mapping[str, Tensor]]) -> int:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     """Lay out rows under a head in columns as wide as they need; `right` ones are flush right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from funcparam._boundary import RawTree, StateTree
 from funcparam._parametrization import Parametrization
 from funcparam._tree import flatten
+from funcparam.checkpoint import read, write
 from funcparam.transforms._base import Raw, State
 from funcparam.transforms._signature import TensorSpec, describe
 
@@ -35,6 +36,9 @@ class Parametrized(nn.Module):
       with the `requires_grad` of the weights that they stand for (adapters always train);
     * `state.NAME.KEY`: buffers;
     * `net_buffers.NAME`: the network's own buffers, as persistent as they were.
+
+    `load_state_dict` takes these keys, and whatever else [`checkpoint.read`][..checkpoint.read]
+    understands: plain and folded checkpoints, those of PyTorch's parametrizations and of its hooks.
 
     As with `torch.func.functional_call`, one thread calls it at a time (`DataParallel` replicas
     have networks of their own), and activation checkpointing goes around this module, not inside
@@ -171,6 +175,27 @@ class Parametrized(nn.Module):
         does not need funcparam, and shares no memory with this module.
         """
         return fold(self.net, {**self._own_buffers(), **self.values()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take checkpoints in any spelling; of one in this module's own, everything is as usual."""
+        given = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
+        if given and self.state_dict().keys().isdisjoint(given):
+            try:
+                own = self._respelt(given)
+            except (TypeError, ValueError) as error:
+                cast("list[str]", args[-1]).append(str(error))
+            else:
+                for key in given:
+                    del state_dict[prefix + key]
+                state_dict |= {prefix + key: tensor for key, tensor in own.items()}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _respelt(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        raw, state, others = read(given, self.parametrization)
+        buffers = {self._buffer_names.get(name, name): t for name, t in others.items()}
+        return write(self.parametrization, raw, state, buffers)
 
     def extra_repr(self) -> str:
         """Show the network and the parametrization."""

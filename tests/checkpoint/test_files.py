@@ -1,0 +1,158 @@
+"""Files: ties and views, formats that others read, and no code run on load."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import funcparam as fp
+from funcparam import checkpoint
+from funcparam.transforms import Mask, SpectralNorm, WeightNorm
+from tests.networks import Tied, mixed
+
+FORMATS = pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+
+
+@FORMATS
+@pytest.mark.parametrize("style", ["funcparam", "torch", "plain"])
+def test_what_is_saved_is_loaded(tmp_path, name, style):
+    net, p = mixed()
+    raw, state = p.init(net)
+    written = checkpoint.write(p, raw, state, style=style)
+    checkpoint.save(written, tmp_path / name)
+    loaded = checkpoint.load(tmp_path / name)
+    assert loaded.keys() == written.keys()
+    assert all(torch.equal(loaded[key], written[key]) for key in written)
+    assert all(loaded[key].dtype == written[key].dtype for key in written)
+
+
+def test_others_read_the_files(tmp_path):
+    net = nn.Linear(4, 3)
+    with torch.no_grad():
+        net.weight[0] = 0
+    p = fp.parametrize(net, {"weight": Mask()})
+    written = checkpoint.write(p, *p.init(net))
+    checkpoint.save(written, tmp_path / "model.pt")
+    checkpoint.save(written, str(tmp_path / "model.safetensors"))
+    for loaded in (
+        torch.load(tmp_path / "model.pt", weights_only=True),
+        safetensors.torch.load_file(tmp_path / "model.safetensors"),
+    ):
+        assert loaded.keys() == written.keys()
+        assert all(torch.equal(loaded[key], written[key]) for key in written)
+
+
+def test_a_shell_and_a_folded_network_go_through_safetensors(tmp_path):
+    net, p = mixed()
+    shell = fp.Parametrized(net, p)
+    checkpoint.save(shell.state_dict(), tmp_path / "shell.safetensors")
+    other = fp.Parametrized(net, p)
+    other.load_state_dict(checkpoint.load(tmp_path / "shell.safetensors"))
+    x = torch.randn(2, 6).double()
+    assert torch.equal(other.eval()(x), shell.eval()(x))
+    checkpoint.save(shell.fold().state_dict(), tmp_path / "plain.safetensors")
+    net.load_state_dict(checkpoint.load(tmp_path / "plain.safetensors"))
+    assert torch.equal(net(x), shell(x))
+
+
+@FORMATS
+def test_ties_are_written_once(tmp_path, name):
+    net = Tied(n=200)
+    p = fp.parametrize(net, {"encoder.weight": WeightNorm()})
+    checkpoint.save(fp.fold(net, p(*p.init(net))).state_dict(), tmp_path / name)
+    assert os.path.getsize(tmp_path / name) < 1.5 * 4 * 200 * 200
+    loaded = checkpoint.load(tmp_path / name)
+    assert loaded["encoder.weight"].data_ptr() == loaded["decoder.weight"].data_ptr()
+    net.load_state_dict(loaded)
+    if name.endswith(".safetensors"):
+        safetensors.torch.load_model(Tied(n=200), tmp_path / name)
+
+
+@FORMATS
+def test_of_a_view_only_its_own_entries_are_written(tmp_path, name):
+    whole = torch.randn(1000, 1000)
+    views = {"row": whole[0], "column": whole[:, 0], "turned": whole[:2].mT}
+    checkpoint.save(views, tmp_path / name)
+    assert os.path.getsize(tmp_path / name) < 40_000
+    loaded = checkpoint.load(tmp_path / name)
+    assert all(torch.equal(loaded[key], view) for key, view in views.items())
+
+
+@FORMATS
+def test_empty_scalar_and_bool_tensors(tmp_path, name):
+    odd = {"none": torch.empty(0, 3), "one": torch.tensor(2.0), "mask": torch.tensor([True])}
+    odd["also none"] = torch.empty(0, 3)
+    checkpoint.save(odd, tmp_path / name)
+    loaded = checkpoint.load(tmp_path / name)
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in odd.items())
+
+
+@FORMATS
+def test_raw_and_state_are_saved_as_they_are(tmp_path, name):
+    net, p = mixed()
+    raw, state = p.init(net)
+    checkpoint.save({"raw": raw, "state": state}, tmp_path / name)
+    raw2, state2, _ = checkpoint.read(checkpoint.load(tmp_path / name), p)
+    assert all(torch.equal(p(raw2, state2)[n], value) for n, value in p(raw, state).items())
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_loading_runs_no_code(tmp_path):
+    torch.save({"w": Bomb(str(tmp_path / "boom"))}, tmp_path / "evil.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "boom").exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)["w"].close()
+    assert (tmp_path / "boom").exists()  # so the file was dangerous indeed
+
+
+def test_extra_state_has_no_place_in_safetensors(tmp_path):
+    given = {"w": torch.ones(1), "part._extra_state": 3}
+    checkpoint.save(given, tmp_path / "model.pt")
+    assert checkpoint.load(tmp_path / "model.pt")["part._extra_state"] == 3
+    with pytest.raises(TypeError, match="'part._extra_state': safetensors hold tensors only; got"):
+        checkpoint.save(given, tmp_path / "model.safetensors")
+
+
+def test_without_safetensors_only_its_own_files_fail(tmp_path):
+    code = (
+        "import sys; sys.modules['safetensors'] = None\n"
+        "import torch, funcparam as fp\n"
+        "fp.checkpoint.save({'w': torch.ones(1)}, 'a.pt')\n"
+        "assert fp.checkpoint.load('a.pt')['w'] == 1\n"
+        "try:\n"
+        "    fp.checkpoint.save({'w': torch.ones(1)}, 'a.safetensors')\n"
+        "except ImportError as error:\n"
+        "    assert 'pip install safetensors' in str(error)\n"
+        "else:\n"
+        "    raise SystemExit('no error')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_a_model_saved_whole_loads_in_a_process_that_never_saw_it(tmp_path):
+    net = nn.Linear(4, 3)
+    shell = fp.Parametrized(net, fp.parametrize(net, {"weight": SpectralNorm()}))
+    torch.save(shell, tmp_path / "shell.pt")
+    torch.save(shell.fold(), tmp_path / "plain.pt")
+    code = (
+        "import sys, torch\n"
+        "plain = torch.load('plain.pt', weights_only=False)\n"
+        "assert 'funcparam' not in sys.modules\n"
+        "shell = torch.load('shell.pt', weights_only=False)\n"
+        "x = torch.ones(2, 4)\n"
+        "assert torch.equal(plain(x), shell.eval()(x))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
