@@ -65,7 +65,7 @@ def groups(found: Sequence[Group]) -> str:
         ]
         for group in found
     ]
-    return _table(["transform", "value", "leaves", "evaluated", "names"], rows, right=(2,))
+    return table(["transform", "value", "leaves", "evaluated", "names"], rows, right=(2,))
 
 
 def _name(entry: Entry) -> str:
