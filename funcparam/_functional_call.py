@@ -49,7 +49,10 @@ class FunctionalCall:
             strict: whether `params` has to have exactly the module's names.
 
         Raises:
-            As `torch.func.functional_call`.
+            ValueError: names of one tie are given different tensors, or two dicts have a name
+                in common.
+            RuntimeError: names are missing or unknown with `strict`.
+            AttributeError, TypeError: a name leads nowhere, or to no tensor.
         """
         positional = cast("tuple[Any, ...]", args) if isinstance(args, tuple) else (args,)
         if strict or torch.compiler.is_compiling() or not isinstance(params, dict):

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from typing_extensions import Self
 
 from funcparam._boundary import RawTree, StateTree
+from funcparam._functional_call import FunctionalCall
 from funcparam._parametrization import Parametrization
 from funcparam._tree import flatten
 from funcparam.checkpoint import read, write
@@ -40,10 +40,10 @@ class Parametrized(nn.Module):
     `load_state_dict` takes these keys, and whatever else [`checkpoint.read`][..checkpoint.read]
     understands: plain and folded checkpoints, those of PyTorch's parametrizations and of its hooks.
 
-    As with `torch.func.functional_call`, one thread calls it at a time (`DataParallel` replicas
-    have networks of their own), and activation checkpointing goes around this module, not inside
-    of the network, where it would compute again after the values are gone. What a network
-    writes to a buffer that is itself parametrized goes to the value and is lost.
+    Threads that share it take turns (`DataParallel` replicas have networks of their own).
+    Activation checkpointing goes around this module, not inside of the network, where it would
+    compute again after the values are gone. What a network writes to a buffer that is itself
+    parametrized goes to the value and is lost.
 
     Args:
         net: any module.
@@ -68,6 +68,7 @@ class Parametrized(nn.Module):
     """
 
     net: nn.Module
+    _call: FunctionalCall
     parametrization: Parametrization[dict[str, Tensor]]
 
     def __init__(
@@ -105,7 +106,7 @@ class Parametrized(nn.Module):
                 _place(self.net_buffers, name, leaf.tensor.detach().clone(), persistent=persistent)
                 self._buffer_names |= dict.fromkeys(leaf.names, name)
         # Not a child: its tensors are placeholders that nobody should train, move or save.
-        object.__setattr__(self, "net", _replaced(net, _to_meta))
+        self._own(_replaced(net, _to_meta))
         super().train(net.training)  # and each part of the network as it was
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +116,7 @@ class Parametrized(nn.Module):
             state = self._advance(raw, state)
         buffers = self._own_buffers()
         bound = {**buffers, **self.parametrization(raw, state)}
-        out = functional_call(self.net, bound, args, kwargs, tie_weights=False)
+        out = self._call(bound, args, kwargs)
         for name, old in buffers.items():
             if bound[name] is not old:  # the network put another tensor in its buffer's place
                 owner, _, local = self._buffer_names[name].rpartition(".")
@@ -125,8 +126,13 @@ class Parametrized(nn.Module):
     def _replicate_for_data_parallel(self) -> Self:
         """Give each replica, which runs in a thread of its own, a network of its own to bind."""
         replica = super()._replicate_for_data_parallel()  # pyright: ignore
-        object.__setattr__(replica, "net", deepcopy(self.net))
+        replica._own(deepcopy(self.net))
         return replica
+
+    def _own(self, net: nn.Module) -> None:
+        """Take `net` as the network, past nn.Module, which would count its tensors as ours."""
+        object.__setattr__(self, "net", net)
+        object.__setattr__(self, "_call", FunctionalCall(net))
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001
         """Set training mode here and in the network."""

@@ -46,7 +46,7 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
     Source: Salimans and Kingma, Weight Normalization, arXiv 1602.07868, equation 2.
     """
 
-    stacks_up_to: ClassVar[int] = 64 * 64
+    stacks_up_to: ClassVar[int] = 32 * 32
 
     dim: int | None = 0
 
