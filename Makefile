@@ -51,6 +51,7 @@ conformance: $(READY) ## Run PyTorch's own tests against compat; FILE=its test_p
 bench: $(READY) ## Measure everything that docs/benchmarks.md shows
 	$(BIN)/python benchmarks/maps.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/ensemble.py
 	$(BIN)/python benchmarks/binding.py
 	$(BIN)/python benchmarks/compat.py
 	$(BIN)/python benchmarks/evaluation.py
