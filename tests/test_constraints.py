@@ -370,3 +370,17 @@ def test_frozen_parts_stay_and_gates_stay_orthogonal():
     assert not torch.allclose(before[:12], after[:12])
     for gate in after.detach().split(4)[:3]:
         close(gate @ gate.mT, torch.eye(4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saturated_intervals_stay_inside(dtype):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.tensor([-1e4, -50.0, 50.0, 1e4], dtype=dtype)
+    for low, width in zip(
+        torch.randn(200, generator=generator).tolist(), range(1, 201), strict=True
+    ):
+        high = low + width / 7
+        bounds = {"low": torch.tensor(low, dtype=dtype), "high": torch.tensor(high, dtype=dtype)}
+        value = Interval(low, high).forward(raw, bounds)
+        assert (value >= bounds["low"]).all()
+        assert (value <= bounds["high"]).all()

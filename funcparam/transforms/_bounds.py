@@ -55,7 +55,8 @@ class Interval(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        return state["low"] + (state["high"] - state["low"]) * raw.sigmoid()
+        # lerp meets both bounds exactly, where low + (high - low) may round beyond
+        return torch.lerp(state["low"], state["high"], raw.sigmoid())
 
     @full_precision
     def right_inverse(
