@@ -38,8 +38,8 @@ class Parametrized(nn.Module):
     * `net_buffers.NAME`: the network's own buffers, as persistent as they were.
 
     `load_state_dict` takes these keys, and whatever else
-    [`checkpoint.read`][funcparam.checkpoint.read] understands: plain and folded checkpoints, those of
-    PyTorch's parametrizations and of its hooks.
+    [`checkpoint.read`][funcparam.checkpoint.read] understands: plain and folded checkpoints, those
+    of PyTorch's parametrizations and of its hooks.
 
     Threads that share it take turns (`DataParallel` replicas have networks of their own).
     Activation checkpointing goes around this module, not inside of the network, where it would
