@@ -1,10 +1,16 @@
 """Parametrized weights as pure functions over a parameter dictionary."""
 
-from funcparam import checkpoint, transforms
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from funcparam import transforms
 from funcparam._functional_call import FunctionalCall, functional_call
 from funcparam._module import Parametrized, fold
 from funcparam._parametrization import Parametrization, parametrize
 from funcparam.transforms import Transform, transform
+
+if TYPE_CHECKING:
+    from funcparam import checkpoint
 
 __all__ = [
     "FunctionalCall",
@@ -18,3 +24,9 @@ __all__ = [
     "transform",
     "transforms",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "checkpoint":  # few programs need it, and it takes a third of the import
+        return import_module("funcparam.checkpoint")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

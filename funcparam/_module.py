@@ -15,7 +15,6 @@ from funcparam._boundary import RawTree, StateTree
 from funcparam._functional_call import FunctionalCall
 from funcparam._parametrization import Parametrization
 from funcparam._tree import flatten
-from funcparam.checkpoint import read, write
 from funcparam.transforms._base import Raw, State
 from funcparam.transforms._signature import TensorSpec, describe
 
@@ -200,6 +199,8 @@ class Parametrized(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _respelt(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        from funcparam.checkpoint import read, write  # a third of the time to import funcparam
+
         raw, state, others = read(given, self.parametrization)
         buffers = {self._buffer_names.get(name, name): t for name, t in others.items()}
         return write(self.parametrization, raw, state, buffers)

@@ -64,19 +64,58 @@ def test_files_hold_one_idea(path):
     assert len(path.read_text().splitlines()) <= 450
 
 
-def test_import_is_light_and_leaves_torch_alone():
-    code = (
+def fresh(code):
+    """Run code in a new interpreter."""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_is_light():
+    fresh(
         "import sys, torch\n"
-        "from torch.nn.utils import parametrize\n"
-        "before = dict(vars(parametrize)), torch.get_default_dtype(), torch.is_grad_enabled()\n"
         "loaded = set(sys.modules)\n"
         "import funcparam\n"
-        "new = {m.split('.')[0] for m in set(sys.modules) - loaded}\n"
-        "assert before == (dict(vars(parametrize)), torch.get_default_dtype(), True)\n"
-        "assert not new & {'scipy', 'sklearn', 'matplotlib', 'tqdm', 'rich'}, new\n"
-        "assert 'torch._dynamo' not in sys.modules or 'torch._dynamo' in loaded\n"
+        "new = set(sys.modules) - loaded\n"
+        "first = {m.split('.')[0] for m in new}\n"
+        "assert first <= {'funcparam', 'optree', 'typing_extensions'}, first\n"
+        "own = {m for m in new if m.startswith('funcparam')}\n"
+        "assert not [m for m in own if 'compat' in m or 'checkpoint' in m], own\n"
+        "files = {'_base', '_function', '_linalg', '_precision', '_signature'}\n"
+        "transforms = {m.split('.')[2] for m in own if m.startswith('funcparam.transforms.')}\n"
+        "assert transforms <= files, transforms\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_leaves_torch_alone():
+    fresh(
+        "import random, torch\n"
+        "from torch.nn.utils import parametrizations, parametrize\n"
+        "def state():\n"
+        "    return [\n"
+        "        *(dict(vars(x)) for x in (parametrize, parametrizations, torch.nn.Module)),\n"
+        "        torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),\n"
+        "        torch.get_rng_state().tolist(), random.getstate(),\n"
+        "        torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),\n"
+        "        torch.get_num_interop_threads(), torch.get_float32_matmul_precision(),\n"
+        "        torch.is_anomaly_enabled(), torch.is_inference_mode_enabled(),\n"
+        "        torch.is_autocast_enabled('cpu'), torch._C._get_flash_sdp_enabled(),\n"
+        "        torch.backends.mkldnn.enabled, torch.multiprocessing.get_sharing_strategy(),\n"
+        "    ]\n"
+        "before = state()\n"
+        "import funcparam, funcparam.compat\n"
+        "from funcparam.transforms import *\n"
+        "funcparam.checkpoint.explain({})\n"
+        "assert state() == before\n"
+    )
+
+
+def test_names_that_are_imported_late_are_what_they_say():
+    for name in funcparam.transforms.__all__:
+        found = getattr(funcparam.transforms, name)
+        assert getattr(found, "__name__", name) in (name, "Union", "Mapping", "Transform"), name
+    assert set(dir(funcparam.transforms)) == set(funcparam.transforms.__all__)
+    for module in (funcparam, funcparam.transforms):
+        with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute"):
+            _ = module.Orthagonal
 
 
 def test_every_transform_is_a_row_of_the_table():

@@ -1,38 +1,100 @@
 """Transforms: pure maps from raw tensors to a weight, one family a file."""
 
-from funcparam.transforms._adapters import IA3, OFT, DoRA, LoHa, VeRA
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
 from funcparam.transforms._base import AnyTransform, Raw, State, Transform
-from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
-from funcparam.transforms._cat import Cat, Stack
-from funcparam.transforms._chain import Chain
-from funcparam.transforms._cholesky import CholeskyFactor, PositiveDefinite
-from funcparam.transforms._constraints import from_constraint
-from funcparam.transforms._correlation import CorrelationCholesky
-from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._function import transform
-from funcparam.transforms._identity import Identity
-from funcparam.transforms._lipschitz import AOL, LInfLipschitz
-from funcparam.transforms._lora import LoRA
-from funcparam.transforms._low_rank import LowRank
-from funcparam.transforms._mask import Mask
-from funcparam.transforms._monarch import Monarch
-from funcparam.transforms._norm import WeightNorm
-from funcparam.transforms._ordered import Ordered
-from funcparam.transforms._orthogonal import Orthogonal, SpecialOrthogonal
-from funcparam.transforms._plumbing import Affine, Permute, Reshape, Transpose
-from funcparam.transforms._positive import Positive
 from funcparam.transforms._precision import full_precision
-from funcparam.transforms._psd_low_rank import PSDLowRank
-from funcparam.transforms._quantize import FakeQuantize, Ternary
-from funcparam.transforms._simplex import Simplex
-from funcparam.transforms._sinkhorn import DoublyStochastic
-from funcparam.transforms._spectral import SpectralNorm
-from funcparam.transforms._sphere import UnitNorm
-from funcparam.transforms._stable import StableDiagonal
-from funcparam.transforms._standardize import WeightStandardization
-from funcparam.transforms._structured import BlockDiagonal, Circulant, Kronecker, Toeplitz
-from funcparam.transforms._symmetric import Skew, Symmetric
-from funcparam.transforms._triangular import Triangular
+
+# Making sixty dataclasses takes longer than the rest of the package together, and most programs
+# use two or three: a family is imported when one of its names is first asked for.
+if TYPE_CHECKING:
+    from funcparam.transforms._adapters import IA3, OFT, DoRA, LoHa, VeRA
+    from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
+    from funcparam.transforms._cat import Cat, Stack
+    from funcparam.transforms._chain import Chain
+    from funcparam.transforms._cholesky import CholeskyFactor, PositiveDefinite
+    from funcparam.transforms._constraints import from_constraint
+    from funcparam.transforms._correlation import CorrelationCholesky
+    from funcparam.transforms._frozen import Frozen
+    from funcparam.transforms._identity import Identity
+    from funcparam.transforms._lipschitz import AOL, LInfLipschitz
+    from funcparam.transforms._lora import LoRA
+    from funcparam.transforms._low_rank import LowRank
+    from funcparam.transforms._mask import Mask
+    from funcparam.transforms._monarch import Monarch
+    from funcparam.transforms._norm import WeightNorm
+    from funcparam.transforms._ordered import Ordered
+    from funcparam.transforms._orthogonal import Orthogonal, SpecialOrthogonal
+    from funcparam.transforms._plumbing import Affine, Permute, Reshape, Transpose
+    from funcparam.transforms._positive import Positive
+    from funcparam.transforms._psd_low_rank import PSDLowRank
+    from funcparam.transforms._quantize import FakeQuantize, Ternary
+    from funcparam.transforms._simplex import Simplex
+    from funcparam.transforms._sinkhorn import DoublyStochastic
+    from funcparam.transforms._spectral import SpectralNorm
+    from funcparam.transforms._sphere import UnitNorm
+    from funcparam.transforms._stable import StableDiagonal
+    from funcparam.transforms._standardize import WeightStandardization
+    from funcparam.transforms._structured import BlockDiagonal, Circulant, Kronecker, Toeplitz
+    from funcparam.transforms._symmetric import Skew, Symmetric
+    from funcparam.transforms._triangular import Triangular
+
+_FAMILY_OF: Mapping[str, str] = MappingProxyType(
+    {
+        "IA3": "_adapters",
+        "OFT": "_adapters",
+        "DoRA": "_adapters",
+        "LoHa": "_adapters",
+        "VeRA": "_adapters",
+        "Interval": "_bounds",
+        "LowerBound": "_bounds",
+        "UpperBound": "_bounds",
+        "Cat": "_cat",
+        "Stack": "_cat",
+        "Chain": "_chain",
+        "CholeskyFactor": "_cholesky",
+        "PositiveDefinite": "_cholesky",
+        "from_constraint": "_constraints",
+        "CorrelationCholesky": "_correlation",
+        "Frozen": "_frozen",
+        "Identity": "_identity",
+        "AOL": "_lipschitz",
+        "LInfLipschitz": "_lipschitz",
+        "LoRA": "_lora",
+        "LowRank": "_low_rank",
+        "Mask": "_mask",
+        "Monarch": "_monarch",
+        "WeightNorm": "_norm",
+        "Ordered": "_ordered",
+        "Orthogonal": "_orthogonal",
+        "SpecialOrthogonal": "_orthogonal",
+        "Affine": "_plumbing",
+        "Permute": "_plumbing",
+        "Reshape": "_plumbing",
+        "Transpose": "_plumbing",
+        "Positive": "_positive",
+        "PSDLowRank": "_psd_low_rank",
+        "FakeQuantize": "_quantize",
+        "Ternary": "_quantize",
+        "Simplex": "_simplex",
+        "DoublyStochastic": "_sinkhorn",
+        "SpectralNorm": "_spectral",
+        "UnitNorm": "_sphere",
+        "StableDiagonal": "_stable",
+        "WeightStandardization": "_standardize",
+        "BlockDiagonal": "_structured",
+        "Circulant": "_structured",
+        "Kronecker": "_structured",
+        "Toeplitz": "_structured",
+        "Skew": "_symmetric",
+        "Symmetric": "_symmetric",
+        "Triangular": "_triangular",
+    }
+)
 
 __all__ = [
     "AOL",
@@ -90,3 +152,15 @@ __all__ = [
     "full_precision",
     "transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FAMILY_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_FAMILY_OF[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

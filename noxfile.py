@@ -1,0 +1,28 @@
+"""Sessions on the oldest and the newest PyTorch: `nox -s tests`. All else is in the Makefile."""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+
+# (torch, Python): the oldest that pyproject.toml allows, and the one of constraints.txt
+OLDEST = ("2.7.0", "3.10")
+NEWEST = ("2.13.0", "3.13")
+
+
+@nox.session
+@nox.parametrize(("torch", "python"), [OLDEST, NEWEST], ids=["oldest", "newest"])
+def tests(session: nox.Session, torch: str) -> None:
+    """Run the tests with one PyTorch; the other packages are as new as it allows."""
+    session.install(f"torch=={torch}", ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=NEWEST[1])
+def wheel(session: nox.Session) -> None:
+    """Build, install the wheel alone, and use it away from the checkout."""
+    session.install("build")
+    out = session.create_tmp()
+    session.run("python", "-m", "build", "--outdir", out)
+    session.install(f"torch=={NEWEST[0]}", "funcparam", "--find-links", out)
+    session.chdir(out)
+    session.run("python", "-c", "import funcparam; help(funcparam.parametrize)")
