@@ -248,14 +248,15 @@ def test_compiled_training_without_a_break_or_a_recompile(make, backend):
         compiled(X).square().sum().backward()
         eager(X).square().sum().backward()
         for a, b in zip(model.parameters(), eager.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad)
+            # a compiled exponential rounds differently
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
         optimizer.step()
         eager.load_state_dict(model.state_dict())
         eager.zero_grad()
         counts.append(counter.frame_count)
     assert counts[1:] == counts[1:2] * 3
     compiled.eval()
-    torch.testing.assert_close(compiled(X), model(X))
+    torch.testing.assert_close(compiled(X), model(X), rtol=1e-4, atol=1e-4)
 
 
 def test_export():
