@@ -41,7 +41,7 @@ def to_functional(
 
     Args:
         module: a module parametrized by `torch.nn.utils.parametrize` or by
-            [`funcparam.compat`][], at any depth. It stays as it is.
+            `funcparam.compat`, at any depth. It stays as it is.
 
     Returns:
         `(net, p, raw, state)`: a copy of `module` without parametrizations, its parametrization,
@@ -79,7 +79,7 @@ def to_stateful(
         state: likewise.
 
     Returns:
-        A copy of `net`, parametrized by [`funcparam.compat`][], that computes the same values.
+        A copy of `net`, parametrized by `funcparam.compat`, that computes the same values.
         Tied weights stay tied: they share one parametrization.
 
     Raises:
