@@ -1,7 +1,5 @@
 """Constraints against torch.distributions: values, log-determinants, and what is refused."""
 
-import math
-
 import pytest
 import torch
 from torch.distributions import biject_to, constraints, transform_to
@@ -22,7 +20,6 @@ from funcparam.transforms import (
     PSDLowRank,
     Simplex,
     StableDiagonal,
-    Stack,
     Triangular,
     UnitNorm,
     UpperBound,
@@ -206,86 +203,6 @@ def test_every_distribution_with_continuous_parameters():
                 assert isinstance(from_constraint(constraint), fp.Transform)
                 seen += 1
     assert seen > 40
-
-
-@pytest.mark.parametrize(
-    ("transform", "value", "match"),
-    [
-        (Positive("exp"), torch.tensor([1.0, 0.0]), "positive; clamp"),
-        (Positive("square"), torch.tensor([1.0, -1.0]), "positive; clamp"),
-        (LowerBound(1), torch.tensor([1.0]), "above its bound; clamp"),
-        (UpperBound(1), torch.tensor([1.0]), "below its bound; clamp"),
-        (Simplex(), torch.tensor([0.0, 1.0]), "positive; clamp"),
-        (Simplex("stick_breaking"), torch.tensor([-0.5, 1.5]), "positive; clamp"),
-        (Ordered(), torch.tensor([1.0, 1.0]), "increase along the last dimension; sort"),
-        (CholeskyFactor(), torch.tensor([[1.0, 0], [1, 0]]), "a positive diagonal"),
-        (CorrelationCholesky(), -torch.eye(2), "a positive diagonal"),
-        (PositiveDefinite(), torch.tensor([[1.0, 2], [2, 1]]), "eigenvalues above 0.0"),
-        (PositiveDefinite(0.5), 0.4 * torch.eye(2), "eigenvalues above 0.5; .*PSDLowRank"),
-        (UnitNorm(0), torch.tensor([[1.0, 0], [1, 0]]), "no vector along dim 0 to be zero"),
-        (StableDiagonal(), torch.tensor([1j]), "strictly between 0 and 1"),
-        (StableDiagonal(), torch.tensor([0j]), "strictly between 0 and 1"),
-        (Cat([Identity(), Positive()]), torch.tensor([-1.0, -1.0]), "positive; clamp"),
-    ],
-    ids=str,
-)
-def test_values_outside_are_refused(transform, value, match):
-    tree = {"w": value}
-    with pytest.raises(ValueError, match=f"'w': .*{match}"):
-        fp.parametrize(tree, {"w": transform}).init(tree)
-    transform.right_inverse(value.to("meta"))  # nothing to read
-
-
-@pytest.mark.parametrize(
-    ("transform", "shape", "match"),
-    [
-        (Simplex(), (), "at least one entry"),
-        (Simplex(), (3, 0), "at least one entry"),
-        (Ordered(), (), "dimension -1"),
-        (Triangular(), (3,), "a matrix"),
-        (CholeskyFactor(), (3, 2), "a square matrix"),
-        (PositiveDefinite(), (3,), "a matrix"),
-        (PositiveDefinite(), (2, 3), "a square matrix"),
-        (PSDLowRank(3), (2, 2), "sides of at least 3"),
-        (CorrelationCholesky(), (2, 3), "a square matrix"),
-        (CorrelationCholesky(), (2, 0, 0), "at least one row"),
-        (UnitNorm(2), (3, 3), "dimension 2"),
-        (StableDiagonal(), (3,), r"a complex tensor.*pairs=True"),
-        (StableDiagonal(pairs=True), (2, 3), "last dimension of 2"),
-        (Cat([Identity()] * 2), (3,), "divisible by 2"),
-        (Cat([Identity()] * 2, [1, 1]), (3,), "to be of size 2"),
-        (Cat([Identity()], dim=1), (3,), "dimension 1"),
-        (Cat([Identity(), PositiveDefinite()]), (4, 3), "a square matrix"),
-        (Stack([Identity()]), (2,), "to be of size 1"),
-        (Stack([Triangular()]), (1, 3), "a matrix"),
-    ],
-    ids=str,
-)
-def test_shapes_outside_are_refused(transform, shape, match):
-    tree = {"w": torch.zeros(shape)}
-    with pytest.raises(ValueError, match=f"'w': .*expects.* {match}"):
-        fp.parametrize(tree, {"w": transform})
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: Positive("abs"), "'softplus', 'exp', 'square'; got 'abs'"),
-        (lambda: Simplex("sparsemax"), "'stick_breaking'; got 'sparsemax'"),
-        (lambda: LowerBound(-math.inf), "finite bound; got low=-inf"),
-        (lambda: UpperBound(math.nan), "finite bound; got high=nan"),
-        (lambda: PositiveDefinite(-1.0), ">= 0; got -1.0"),
-        (lambda: PSDLowRank(0), "positive rank; got 0"),
-        (lambda: Cat([]), "Cat expects at least one transform"),
-        (lambda: Stack([]), "Stack expects at least one transform"),
-        (lambda: Cat([Identity()], [1, 2]), r"each of 1 parts; got \(1, 2\)"),
-    ],
-)
-def test_arguments(make, match):
-    with pytest.raises(ValueError, match=match):
-        make()
-    with pytest.raises(TypeError, match="Cat expects transforms; got <class"):
-        Cat([Identity])
 
 
 # The documented projections that take values of a certain kind only.

@@ -7,6 +7,7 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import INTEGER, NUMBER, POSITIVE_INTEGER, expect_argument
 from funcparam.transforms._base import (
     AnyTransform,
     State,
@@ -65,8 +66,8 @@ class DoRA(Transform[Mapping[str, Tensor]]):
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rank <= 0:
-            raise ValueError(f"DoRA expects a positive rank; got {self.rank}")
+        expect_argument(self, "rank", POSITIVE_INTEGER)
+        expect_argument(self, "alpha", NUMBER, optional=True)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
@@ -129,6 +130,9 @@ class IA3(Transform[Mapping[str, Tensor]]):
     is_adapter: ClassVar[bool] = True
 
     dim: int = 0
+
+    def __post_init__(self) -> None:
+        expect_argument(self, "dim", INTEGER)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
@@ -193,8 +197,7 @@ class VeRA(Transform[Mapping[str, Tensor]]):
     rank: int
 
     def __post_init__(self) -> None:
-        if self.rank <= 0:
-            raise ValueError(f"VeRA expects a positive rank; got {self.rank}")
+        expect_argument(self, "rank", POSITIVE_INTEGER)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
@@ -259,8 +262,8 @@ class LoHa(Transform[Mapping[str, Tensor]]):
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rank <= 0:
-            raise ValueError(f"LoHa expects a positive rank; got {self.rank}")
+        expect_argument(self, "rank", POSITIVE_INTEGER)
+        expect_argument(self, "alpha", NUMBER, optional=True)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
@@ -338,8 +341,7 @@ class OFT(Transform[Tensor]):
     blocks: int
 
     def __post_init__(self) -> None:
-        if self.blocks <= 0:
-            raise ValueError(f"OFT expects a positive number of blocks; got {self.blocks}")
+        expect_argument(self, "blocks", POSITIVE_INTEGER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

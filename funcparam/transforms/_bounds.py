@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from funcparam.transforms._arguments import NUMBER, expect_argument
 from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
 from funcparam.transforms._precision import full_precision
 from funcparam.transforms._softplus import inverse_softplus, softplus
@@ -47,10 +47,11 @@ class Interval(Transform[Tensor]):
     high: float
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.low) and isfinite(self.high) and self.low < self.high):
+        expect_argument(self, "low", NUMBER)
+        expect_argument(self, "high", NUMBER)
+        if self.low >= self.high:
             raise ValueError(
-                "Interval expects finite bounds with low < high;"
-                f" got low={self.low}, high={self.high}"
+                f"Interval expects low to be below high; got low={self.low}, high={self.high}"
             )
 
     @full_precision
@@ -116,8 +117,7 @@ class LowerBound(Transform[Tensor]):
     low: float
 
     def __post_init__(self) -> None:
-        if not isfinite(self.low):
-            raise ValueError(f"LowerBound expects a finite bound; got low={self.low}")
+        expect_argument(self, "low", NUMBER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
@@ -173,8 +173,7 @@ class UpperBound(Transform[Tensor]):
     high: float
 
     def __post_init__(self) -> None:
-        if not isfinite(self.high):
-            raise ValueError(f"UpperBound expects a finite bound; got high={self.high}")
+        expect_argument(self, "high", NUMBER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

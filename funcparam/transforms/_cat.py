@@ -3,11 +3,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import INTEGER, expect_argument, keep_integers
 from funcparam.transforms._base import AnyTransform, State, Transform, expect_dim
 
 
@@ -107,11 +108,17 @@ class Cat(_Parts):
         dim: int = 0,
     ) -> None:
         object.__setattr__(self, "parts", _checked("Cat", parts))
-        object.__setattr__(self, "lengths", None if lengths is None else tuple(lengths))
+        object.__setattr__(self, "lengths", lengths)
         object.__setattr__(self, "dim", dim)
-        if self.lengths is not None and len(self.lengths) != len(self.parts):
+        expect_argument(self, "dim", INTEGER)
+        if lengths is None:
+            return
+        keep_integers(self, "lengths")
+        found = cast("tuple[int, ...]", self.lengths)
+        if len(found) != len(self.parts) or min(found) < 0:
             raise ValueError(
-                f"Cat expects a length for each of {len(self.parts)} parts; got {self.lengths}"
+                f"Cat expects lengths to be one for each of {len(self.parts)} parts, at least 0;"
+                f" got {found}"
             )
 
     def check(self, value: Tensor) -> None:
@@ -173,6 +180,7 @@ class Stack(_Parts):
     def __init__(self, parts: Iterable[AnyTransform], dim: int = 0) -> None:
         object.__setattr__(self, "parts", _checked("Stack", parts))
         object.__setattr__(self, "dim", dim)
+        expect_argument(self, "dim", INTEGER)
 
     def check(self, value: Tensor) -> None:
         super().check(value)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from funcparam.transforms._arguments import Kind, expect_argument
 from funcparam.transforms._base import (
     State,
     Transform,
@@ -19,6 +20,8 @@ from funcparam.transforms._base import (
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
 from funcparam.transforms._softplus import inverse_softplus, softplus
+
+_EPS = Kind("a finite number, at least 0", (int, float), lambda x: x >= 0 and isfinite(x))
 
 
 @final
@@ -110,8 +113,7 @@ class PositiveDefinite(Transform[Tensor]):
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.eps >= 0 and isfinite(self.eps)):
-            raise ValueError(f"PositiveDefinite expects eps to be finite and >= 0; got {self.eps}")
+        expect_argument(self, "eps", _EPS)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

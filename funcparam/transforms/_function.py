@@ -18,6 +18,14 @@ class Function(Transform[Any]):
     function: Callable[[Any], Tensor]
     inverse: Callable[[Tensor], Any] | None
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"transform expects forward to be callable; got {self.function!r}")
+        if self.inverse is not None and not callable(self.inverse):
+            raise TypeError(
+                f"transform expects right_inverse to be callable or None; got {self.inverse!r}"
+            )
+
     def __repr__(self) -> str:
         return f"transform({getattr(self.function, '__qualname__', self.function)})"
 

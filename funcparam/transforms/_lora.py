@@ -8,6 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import NUMBER, POSITIVE_INTEGER, expect_argument
 from funcparam.transforms._base import State, Transform, expect_matrix
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
@@ -54,8 +55,8 @@ class LoRA(Transform[Mapping[str, Tensor]]):
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rank <= 0:
-            raise ValueError(f"LoRA expects a positive rank; got {self.rank}")
+        expect_argument(self, "rank", POSITIVE_INTEGER)
+        expect_argument(self, "alpha", NUMBER, optional=True)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms._base import State, Transform, expect_matrix, largest
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
@@ -47,8 +48,7 @@ class LowRank(Transform[Mapping[str, Tensor]]):
     rank: int
 
     def __post_init__(self) -> None:
-        if self.rank <= 0:
-            raise ValueError(f"LowRank expects a positive rank; got {self.rank}")
+        expect_argument(self, "rank", POSITIVE_INTEGER)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms._base import State, Transform, expect_matrix
 from funcparam.transforms._low_rank import balanced_factors, singular_value
 from funcparam.transforms._precision import full_precision
@@ -46,8 +47,7 @@ class Monarch(Transform[Mapping[str, Tensor]]):
     blocks: int
 
     def __post_init__(self) -> None:
-        if self.blocks <= 0:
-            raise ValueError(f"Monarch expects a positive number of blocks; got {self.blocks}")
+        expect_argument(self, "blocks", POSITIVE_INTEGER)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

@@ -7,6 +7,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import INTEGER, expect_argument
 from funcparam.transforms._base import State, Transform, expect_dim, expect_real
 from funcparam.transforms._fused_norm import can_fuse, fused_weight_norm
 from funcparam.transforms._linalg import linalg
@@ -49,6 +50,9 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
     stacks_up_to: ClassVar[int] = 32 * 32
 
     dim: int | None = 0
+
+    def __post_init__(self) -> None:
+        expect_argument(self, "dim", INTEGER, optional=True)
 
     # No full_precision: norms accumulate in float32, autocast leaves them alone, and on small
     # weights asking costs a fifth of the map.

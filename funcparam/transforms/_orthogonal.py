@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import expect_choice
 from funcparam.transforms._base import (
     State,
     Transform,
@@ -86,11 +87,8 @@ class Orthogonal(Transform[Tensor]):
     trivialize: bool = True
 
     def __post_init__(self) -> None:
-        if self.map not in FRAMES:
-            raise ValueError(
-                f"Orthogonal expects map to be one of {', '.join(map(repr, FRAMES))};"
-                f" got {self.map!r}"
-            )
+        expect_choice(self, "map", FRAMES)
+        expect_choice(self, "trivialize", (True, False))
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
@@ -184,11 +182,7 @@ class SpecialOrthogonal(Transform[Tensor]):
     map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
 
     def __post_init__(self) -> None:
-        if self.map not in ("matrix_exp", "cayley", "householder"):
-            raise ValueError(
-                "SpecialOrthogonal expects map to be one of 'matrix_exp', 'cayley',"
-                f" 'householder'; got {self.map!r}"
-            )
+        expect_choice(self, "map", ("matrix_exp", "cayley", "householder"))
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
         return Orthogonal(self.map).forward(raw, state)

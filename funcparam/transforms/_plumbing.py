@@ -7,8 +7,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import INTEGER, NUMBER, Kind, expect_argument, keep_integers
 from funcparam.transforms._base import State, Transform, expect_dim
 from funcparam.transforms._precision import full_precision
+
+_FACTOR = Kind("a finite number that is not 0", (int, float), lambda x: x != 0 and isfinite(x))
 
 
 @final
@@ -42,11 +45,8 @@ class Affine(Transform[Tensor]):
     shift: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.scale) and isfinite(self.shift) and self.scale != 0):
-            raise ValueError(
-                "Affine expects a finite shift and a finite scale that is not 0;"
-                f" got scale={self.scale}, shift={self.shift}"
-            )
+        expect_argument(self, "scale", _FACTOR)
+        expect_argument(self, "shift", NUMBER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
@@ -104,8 +104,8 @@ class Reshape(Transform[Tensor]):
     out_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "in_shape", tuple(self.in_shape))
-        object.__setattr__(self, "out_shape", tuple(self.out_shape))
+        keep_integers(self, "in_shape")
+        keep_integers(self, "out_shape")
         sides = (*self.in_shape, *self.out_shape)
         if min(sides, default=0) < 0 or prod(self.in_shape) != prod(self.out_shape):
             raise ValueError(
@@ -168,10 +168,12 @@ class Permute(Transform[Tensor]):
     dims: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dims", tuple(self.dims))
+        keep_integers(self, "dims")
         n = len(self.dims)
         if sorted(d % n if -n <= d < n else n for d in self.dims) != list(range(n)):
-            raise ValueError(f"Permute expects each dimension once; got {self.dims}")
+            raise ValueError(
+                f"Permute expects dims to be a permutation, each dimension once; got {self.dims}"
+            )
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
         return raw.permute(self.dims)
@@ -227,6 +229,10 @@ class Transpose(Transform[Tensor]):
 
     dim0: int = -2
     dim1: int = -1
+
+    def __post_init__(self) -> None:
+        expect_argument(self, "dim0", INTEGER)
+        expect_argument(self, "dim1", INTEGER)
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
         return raw.transpose(self.dim0, self.dim1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from funcparam.transforms._arguments import expect_choice
 from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
 from funcparam.transforms._precision import full_precision
 from funcparam.transforms._softplus import inverse_softplus, softplus
@@ -53,10 +54,7 @@ class Positive(Transform[Tensor]):
     map: Literal["softplus", "exp", "square"] = "softplus"
 
     def __post_init__(self) -> None:
-        if self.map not in _MAPS:
-            raise ValueError(
-                f"Positive expects map to be one of {', '.join(map(repr, _MAPS))}; got {self.map!r}"
-            )
+        expect_choice(self, "map", _MAPS)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

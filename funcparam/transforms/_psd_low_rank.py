@@ -6,6 +6,7 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms._base import State, Transform, expect_square, largest
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
@@ -44,8 +45,7 @@ class PSDLowRank(Transform[Tensor]):
     rank: int
 
     def __post_init__(self) -> None:
-        if self.rank <= 0:
-            raise ValueError(f"PSDLowRank expects a positive rank; got {self.rank}")
+        expect_argument(self, "rank", POSITIVE_INTEGER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

@@ -6,9 +6,13 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import INTEGER, Kind, expect_argument, expect_choice
 from funcparam.transforms._base import State, Transform, largest
 from funcparam.transforms._precision import full_precision
 from funcparam.transforms._slices import expect_slices, other_dims
+
+_THRESHOLD = Kind("a number from 0 to below 1", (int, float), lambda x: 0 <= x < 1)
+_BITS = Kind("an integer from 2 to 8", (int,), lambda n: 2 <= n <= 8)
 
 
 @final
@@ -48,8 +52,8 @@ class Ternary(Transform[Tensor]):
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < 1:
-            raise ValueError(f"Ternary expects 0 <= threshold < 1; got {self.threshold}")
+        expect_argument(self, "threshold", _THRESHOLD)
+        expect_argument(self, "dim", INTEGER, optional=True)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
@@ -125,8 +129,9 @@ class FakeQuantize(Transform[Tensor]):
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"FakeQuantize expects 2 <= bits <= 8; got {self.bits}")
+        expect_argument(self, "bits", _BITS)
+        expect_choice(self, "symmetric", (True, False))
+        expect_argument(self, "dim", INTEGER, optional=True)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

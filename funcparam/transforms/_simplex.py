@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
+from funcparam.transforms._arguments import expect_choice
 from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
 from funcparam.transforms._precision import full_precision
 
@@ -52,10 +53,7 @@ class Simplex(Transform[Tensor]):
     map: Literal["softmax", "stick_breaking"] = "softmax"
 
     def __post_init__(self) -> None:
-        if self.map not in ("softmax", "stick_breaking"):
-            raise ValueError(
-                f"Simplex expects map to be 'softmax' or 'stick_breaking'; got {self.map!r}"
-            )
+        expect_choice(self, "map", ("softmax", "stick_breaking"))
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

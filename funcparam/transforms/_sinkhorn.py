@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms._base import (
     State,
     Transform,
@@ -57,10 +58,7 @@ class DoublyStochastic(Transform[Tensor]):
     iterations: int = 20
 
     def __post_init__(self) -> None:
-        if self.iterations <= 0:
-            raise ValueError(
-                f"DoublyStochastic expects iterations to be positive; got {self.iterations}"
-            )
+        expect_argument(self, "iterations", POSITIVE_INTEGER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from funcparam.transforms._arguments import (
+    INTEGER,
+    POSITIVE_INTEGER,
+    POSITIVE_NUMBER,
+    expect_argument,
+)
 from funcparam.transforms._base import State, Transform, expect_dim, largest
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
@@ -59,13 +65,9 @@ class SpectralNorm(Transform[Tensor]):
     eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        if self.n_power_iterations is not None and self.n_power_iterations <= 0:
-            raise ValueError(
-                "SpectralNorm expects n_power_iterations to be positive;"
-                f" got {self.n_power_iterations}"
-            )
-        if not self.eps > 0:
-            raise ValueError(f"SpectralNorm expects eps to be positive; got {self.eps}")
+        expect_argument(self, "dim", INTEGER)
+        expect_argument(self, "n_power_iterations", POSITIVE_INTEGER, optional=True)
+        expect_argument(self, "eps", POSITIVE_NUMBER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import INTEGER, expect_argument
 from funcparam.transforms._base import State, Transform, expect_all, expect_dim, largest
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
@@ -24,8 +25,8 @@ class UnitNorm(Transform[Tensor]):
         dim: the dimension along which lengths are 1. -1: rows of a matrix; 0: its columns.
 
     Raises:
-        ValueError: at `fp.parametrize`, if the value has no dimension `dim`; at init, if a
-            vector is zero.
+        ValueError: at `fp.parametrize`, if the value has no dimension `dim` or no entry along
+            it; at init, if a vector is zero.
 
     Example:
         >>> import torch
@@ -40,10 +41,11 @@ class UnitNorm(Transform[Tensor]):
 
     dim: int = -1
 
+    def __post_init__(self) -> None:
+        expect_argument(self, "dim", INTEGER)
+
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        if raw.shape[self.dim] == 0:
-            return raw
         # Squares of large and small entries would overflow and vanish. The map does not see the
         # scale, so dividing by a constant is exact in every derivative.
         scale = raw.detach().abs().amax(self.dim, keepdim=True)
@@ -75,3 +77,8 @@ class UnitNorm(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_dim(self, value, self.dim)
+        if value.shape[self.dim] == 0:
+            raise ValueError(
+                f"{self!r} expects at least one entry along dim {self.dim};"
+                f" got shape {tuple(value.shape)}"
+            )

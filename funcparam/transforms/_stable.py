@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import expect_choice
 from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
 from funcparam.transforms._precision import full_precision
 
@@ -48,6 +49,9 @@ class StableDiagonal(Transform[Mapping[str, Tensor]]):
     """
 
     pairs: bool = False
+
+    def __post_init__(self) -> None:
+        expect_choice(self, "pairs", (True, False))
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import INTEGER, POSITIVE_NUMBER, expect_argument
 from funcparam.transforms._base import State, Transform, largest
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
@@ -51,8 +52,8 @@ class WeightStandardization(Transform[Tensor]):
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if not self.eps > 0:
-            raise ValueError(f"WeightStandardization expects eps to be positive; got {self.eps}")
+        expect_argument(self, "dim", INTEGER)
+        expect_argument(self, "eps", POSITIVE_NUMBER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument, keep_integers
 from funcparam.transforms._base import State, Transform, expect_matrix, expect_square, largest
 from funcparam.transforms._low_rank import balanced_factors, singular_value
 from funcparam.transforms._precision import full_precision
@@ -147,10 +148,7 @@ class BlockDiagonal(Transform[Tensor]):
     blocks: int
 
     def __post_init__(self) -> None:
-        if self.blocks <= 0:
-            raise ValueError(
-                f"BlockDiagonal expects a positive number of blocks; got {self.blocks}"
-            )
+        expect_argument(self, "blocks", POSITIVE_INTEGER)
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
         # the block's number along two new dimensions, in front of its rows and of its columns
@@ -213,7 +211,7 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
     left: tuple[int, int]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "left", tuple(self.left))
+        keep_integers(self, "left")
         if len(self.left) != 2 or min(self.left) <= 0:
             raise ValueError(f"Kronecker expects left to be two positive sides; got {self.left}")
 

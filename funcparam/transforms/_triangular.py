@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import expect_choice
 from funcparam.transforms._base import State, Transform, expect_matrix, largest
 
 
@@ -35,6 +36,9 @@ class Triangular(Transform[Tensor]):
     """
 
     upper: bool = False
+
+    def __post_init__(self) -> None:
+        expect_choice(self, "upper", (True, False))
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
         return raw.triu() if self.upper else raw.tril()
