@@ -67,7 +67,7 @@ def digits():
 def fit(loss, raw, rates, data, epochs, label, each_epoch=lambda: None):
     """Train raw, in place, by Adam; the recurrent weight has a rate of its own."""
     x, y = data
-    leaves = [leaf.requires_grad_() for leaf in optree.tree_leaves(raw)]
+    leaves = fp.trainable(raw)
     recurrent = raw["rnn.weight_hh_l0"]
     others = [leaf for leaf in leaves if leaf is not recurrent]
     groups = [{"params": others, "lr": rates[0]}, {"params": [recurrent], "lr": rates[1]}]

@@ -7,6 +7,7 @@ from funcparam import transforms
 from funcparam._functional_call import FunctionalCall, functional_call
 from funcparam._module import Parametrized, fold
 from funcparam._parametrization import Parametrization, parametrize
+from funcparam._trainable import trainable
 from funcparam.transforms import Transform, transform
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "fold",
     "functional_call",
     "parametrize",
+    "trainable",
     "transform",
     "transforms",
 ]

@@ -137,7 +137,22 @@ def expect_finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name!r}: expected finite values; got NaN or infinity")
 
 
-def expect_tied(name: str, value: Tensor, alias: str, other: Tensor) -> None:
+def value_of(entry: Entry, given: Mapping[str, Tensor]) -> Tensor:
+    """Find the one tensor for the names of an entry, or raise for what is wrong with it."""
+    present = [name for name in entry.names if name in given]
+    if not present:
+        raise ValueError(f"missing {entry.name!r}; got {describe(given)}")
+    value = given[present[0]]
+    for name in present[1:]:
+        _expect_tied(present[0], value, name, given[name])
+    if not entry.signature.value.admits(value):
+        raise ValueError(
+            f"{entry.name!r}: expected {entry.signature.value}; got {TensorSpec.of(value)}"
+        )
+    return value
+
+
+def _expect_tied(name: str, value: Tensor, alias: str, other: Tensor) -> None:
     """Raise unless two names of a tie have one value, where the entries can be read."""
     if other is not value and readable(value) and not torch.equal(value, other):
         raise ValueError(

@@ -1,71 +1,104 @@
-"""Plain-text tables of parametrizations."""
+"""Parametrizations as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
 from funcparam._batching import Group
 from funcparam._boundary import Entry, RawTree, StateTree
+from funcparam._table import Table
+from funcparam.transforms._base import AnyTransform, Transform
 from funcparam.transforms._signature import NamedSpecs, TensorSpec
 
+Leaves: TypeAlias = "Iterable[Tensor | Mapping[str, Tensor]]"
 
-def overview(entries: Sequence[Entry]) -> str:
+
+def overview(entries: Sequence[Entry]) -> Table:
     """What is parametrized by what: one row for each transform."""
-    head = ["name", "transform", "value", "raw", "state"]
+    head = ("name", "transform", "value", "raw", "state")
     rows = [
-        [
+        (
             _name(entry),
-            repr(entry.transform),
+            spelt(entry.transform),
             str(entry.signature.value),
             _shapes(entry.signature.raw) or "nothing",
             _shapes(entry.signature.state),
-        ]
+        )
         for entry in entries
         if entry.transform is not None
     ]
     if not any(row[-1] for row in rows):
-        head, rows = head[:-1], [row[:-1] for row in rows]
-    return table(head, rows)
+        return Table(head[:-1], tuple(row[:-1] for row in rows))
+    return Table(head, tuple(rows))
 
 
 def summary(
     entries: Sequence[Entry], raw: RawTree, state: StateTree, violations: Mapping[str, Tensor]
-) -> str:
-    """How many numbers are trained and carried, and how far each value is from its constraint."""
+) -> Table:
+    """How many numbers are trained and held, and how far each value is from its constraint."""
     rows = [
-        [
+        (
             _name(entry),
-            repr(entry.transform),
-            str(entry.signature.value.shape),
-            f"{_count([raw[entry.name]]):,}",
-            f"{_count([state.get(entry.name, {})]):,}",
+            spelt(entry.transform),
+            _shapes(entry.signature.raw) or "nothing",
+            *_counts([raw[entry.name]], [state.get(entry.name, {})]),
             _number(violations[entry.name]),
-        ]
+        )
         for entry in entries
         if entry.transform is not None
     ]
-    plain = _count(raw[entry.name] for entry in entries if entry.transform is None)
-    rows.append(["everything else", "", "", f"{plain:,}", "0", ""])
-    rows.append(["total", "", "", f"{_count(raw.values()):,}", f"{_count(state.values()):,}", ""])
-    head = ["name", "transform", "value", "trained", "state", "violation"]
-    return table(head, rows, right=(3, 4, 5))
+    plain = [raw[entry.name] for entry in entries if entry.transform is None]
+    if plain:
+        rows.append(("everything else", "", "", *_counts(plain, []), ""))
+    rows.append(("total", "", "", *_counts(raw.values(), state.values()), ""))
+    head = ("name", "transform", "raw", "trained", "total", "violation")
+    return Table(head, tuple(rows), right=(3, 4, 5))
 
 
-def groups(found: Sequence[Group]) -> str:
+def groups(found: Sequence[Group]) -> Table:
     """Which leaves are evaluated in one call, and why the others are not."""
     rows = [
-        [
-            repr(group.transform),
+        (
+            spelt(group.transform),
             str(group.entries[0].signature.value),
             str(len(group.entries)),
             f"one by one: {group.obstacle}" if group.obstacle else "in one call",
             _name(group.entries[0]) + (", …" if len(group.entries) > 1 else ""),
-        ]
+        )
         for group in found
     ]
-    return table(["transform", "value", "leaves", "evaluated", "names"], rows, right=(2,))
+    head = ("transform", "value", "leaves", "evaluated", "names")
+    return Table(head, tuple(rows), right=(2,))
+
+
+def spelt(transform: AnyTransform) -> str:
+    """Its repr without the arguments that are defaults; a repr of its own is kept."""
+    kind = type(transform)
+    every: list[str] = []
+    told: list[str] = []
+    for name, parameter in signature(kind).parameters.items():
+        value: Any = getattr(transform, name, parameter.empty)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            every += map(repr, value)
+            told += map(_spelt, value)
+        else:
+            every.append(f"{name}={value!r}")
+            told += [f"{name}={_spelt(value)}"] * (value != parameter.default)
+    is_call = repr(transform) == f"{kind.__qualname__}({', '.join(every)})"
+    return f"{kind.__qualname__}({', '.join(told)})" if is_call else repr(transform)
+
+
+def _spelt(argument: Any) -> str:
+    if isinstance(argument, tuple):
+        parts = cast("tuple[Any, ...]", argument)
+        return f"({', '.join(map(_spelt, parts))}{',' * (len(parts) == 1)})"
+    return (
+        spelt(cast("AnyTransform", argument)) if isinstance(argument, Transform) else repr(argument)
+    )
 
 
 def _name(entry: Entry) -> str:
@@ -82,21 +115,14 @@ def _number(scalar: Tensor) -> str:
     return "meta" if scalar.is_meta else f"{scalar.item():.1e}"
 
 
-def _count(leaves: Iterable[Tensor | Mapping[str, Tensor]]) -> int:
-    return sum(
-        leaf.numel() if isinstance(leaf, Tensor) else _count(leaf.values()) for leaf in leaves
-    )
+def _counts(raw: Leaves, state: Leaves) -> tuple[str, str]:
+    """How many numbers are trained, and how many there are."""
+    held = [*_tensors(raw)]
+    trained = sum(t.numel() for t in held if t.is_floating_point() or t.is_complex())
+    total = sum(t.numel() for t in [*held, *_tensors(state)])
+    return f"{trained:,}", f"{total:,}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Lay out rows under a head in columns as wide as they need; `right` ones are flush right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        cells = (
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(map(line, [head, ["-" * width for width in widths], *rows]))
+def _tensors(leaves: Leaves) -> Iterable[Tensor]:
+    for leaf in leaves:
+        yield from [leaf] if isinstance(leaf, Tensor) else leaf.values()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar, cast, final, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,19 @@ from funcparam._boundary import (
     check_chosen,
     check_raw_tree,
     expect_finite,
-    expect_tied,
     looks_right,
+    value_of,
 )
 from funcparam._inspect import groups, overview, summary
 from funcparam._selection import Rules, select
+from funcparam._table import Table, Tabular
 from funcparam._tree import Leaf, Structure, flatten
 from funcparam.transforms._base import AnyTransform, Raw, State
 from funcparam.transforms._precision import autocast_off
-from funcparam.transforms._signature import TensorSpec, describe, signature
+from funcparam.transforms._signature import TensorSpec, signature
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Params = TypeVar("Params")
 
@@ -36,7 +40,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @final
 @dataclass(frozen=True, repr=False)
-class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
+class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     """An immutable map from names to transforms, made by [`funcparam.parametrize`][].
 
     As a function, `p(raw, state)` maps raw and state to the parameters: for a module an ordinary
@@ -56,9 +60,9 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
         >>> net = torch.nn.Linear(3, 2)
         >>> p = fp.parametrize(net, {"weight": WeightNorm()})
         >>> p
-        name    transform          value           raw
-        ------  -----------------  --------------  ------------------------------------
-        weight  WeightNorm(dim=0)  float32 (2, 3)  magnitude: (2, 1), direction: (2, 3)
+        name    transform     value           raw
+        ------  ------------  --------------  ------------------------------------
+        weight  WeightNorm()  float32 (2, 3)  magnitude: (2, 1), direction: (2, 3)
         >>> raw, state = p.init(net)
         >>> torch.func.functional_call(net, p(raw, state), (torch.ones(3),)).shape
         torch.Size([2])
@@ -112,7 +116,7 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
     def __deepcopy__(self, memo: dict[int, Any]) -> Parametrization[Params]:
         return self
 
-    def __repr__(self) -> str:
+    def _table(self) -> Table:
         return overview(self.entries)
 
     # Raw to value
@@ -246,20 +250,65 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
         """
         return self._violations(self._values(params), state)
 
-    def summary(self, raw: RawTree, state: StateTree = _NOTHING) -> str:
-        """Describe raw and state as a table: counts of numbers, and violations."""
-        self._check(raw, state)
-        own = {name: state.get(name, _NOTHING) for name in self}
-        values = {name: self[name].forward(raw[name], own[name]) for name in self}
+    def summary(self, raw: RawTree, state: StateTree = _NOTHING) -> Table:
+        """Describe raw and state as a table, and say how far each value is from its constraint.
+
+        For each transform the shapes of raw, how many numbers are trained, how many there are with
+        those of state (and integers, which pass through), and [`violation`][..violation].
+
+        Returns:
+            A table that prints as plain text, and that notebooks and `rich.print` draw.
+
+        Example:
+            >>> import torch, funcparam as fp
+            >>> from funcparam.transforms import SpectralNorm
+            >>> net = torch.nn.Linear(1, 2)
+            >>> p = fp.parametrize(net, {"weight": SpectralNorm()})
+            >>> p.summary(*p.init(net))
+            name             transform       raw     trained  total  violation
+            ---------------  --------------  ------  -------  -----  ---------
+            weight           SpectralNorm()  (2, 1)        2      5    0.0e+00
+            everything else                                2      2
+            total                                          4      7
+        """
+        values = self._chosen_values(raw, state)
         return summary(self.entries, raw, state, self._violations(values, state))
 
-    def plan(self) -> str:
+    def plot(self, raw: RawTree, state: StateTree = _NOTHING) -> Figure:
+        """Draw how far each value is from its constraint, and the singular values of each matrix.
+
+        Singular values are sorted, and those of all matrices of a batch are one line. A value with
+        more than two dimensions is a matrix for a transform that has a `dim` (`SpectralNorm`): that
+        dimension by the others; for any other transform it is a batch of matrices.
+
+        Returns:
+            A figure of matplotlib.pyplot: `plt.show()` shows it, `figure.savefig(path)` saves it,
+            and `plt.close(figure)` gives its memory back.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: raw is on the meta device, where there is nothing to draw.
+        """
+        from funcparam._plot import plot
+
+        values = self._chosen_values(raw, state)
+        return plot(self, values, self._violations(values, state))
+
+    def plan(self) -> Table:
         """Show as a table which leaves are evaluated in one call, and why the others are not.
 
         Leaves with equal transforms, shapes and dtypes are stacked, mapped once and taken apart
         where that was measured to be faster; values and gradients are the same to rounding.
         """
         return groups(self._groups)
+
+    def _chosen_values(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
+        """The values that have a transform."""
+        self._check(raw, state)
+        return {
+            name: transform.forward(raw[name], state.get(name, _NOTHING))
+            for name, transform in self._transforms.items()
+        }
 
     def _violations(self, values: Mapping[str, Tensor], state: StateTree) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -289,7 +338,7 @@ class Parametrization(Mapping[str, AnyTransform], Generic[Params]):
         for leaf in leaves:  # a module's buffers may stay out of p; its parameters may not
             if not leaf.is_buffer and known.isdisjoint(leaf.names):
                 raise ValueError(f"unknown name {leaf.names[0]!r}: p was made without it")
-        return {entry.name: _value(entry, given) for entry in self.entries}
+        return {entry.name: value_of(entry, given) for entry in self.entries}
 
     def _build(self, values: dict[str, Tensor]) -> Params:
         for alias, name in self._aliases.items():
@@ -305,8 +354,23 @@ def parametrize(params: Params, rules: Rules) -> Parametrization[Params]: ...
 def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
     """Choose a transform for each weight by rules, and compose them into one function.
 
-    Nothing is computed or changed: shapes are worked out on meta tensors. Continue with
-    `raw, state = p.init(params)` and `p(raw, state)`.
+    A transform maps raw, the tensors that are trained, to the value, the weight that the network
+    uses: orthogonal, positive, of low rank, whatever raw is. `funcparam.transforms` has them, and
+    [`funcparam.transform`][] makes one from two functions. State is what a transform keeps and
+    does not train, such as a base point. With `p = fp.parametrize(net, rules)`:
+
+    * `raw, state = p.init(net)` takes both from the weights of `net`, which stays as it is: two
+      dictionaries by name. `fp.trainable(raw)` lists the tensors for an optimizer.
+    * `p(raw, state)` gives the weights under the names of `net`, as
+      `torch.func.functional_call(net, p(raw, state), (x,))` takes them. It is a pure function:
+      `grad`, `vmap` and `torch.compile` go through.
+    * `state = p.update(raw, state)`, once a training step, advances what evolves besides raw (the
+      power iteration of `SpectralNorm`); elsewhere it changes nothing.
+    * `print(p)`, `p.summary(raw, state)` and `p.plot(raw, state)` say what is there.
+    * `fp.fold(net, p(raw, state))` is a plain copy of `net` with the weights in it;
+      `fp.checkpoint` writes and reads files; `fp.Parametrized(net, p)` is all this as a module.
+
+    `parametrize` itself computes and changes nothing: shapes are worked out on meta tensors.
 
     Args:
         params: a module, of which all parameters and the buffers that rules name are taken; or
@@ -337,8 +401,18 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
         >>> p = fp.parametrize(net, {"0.weight": Orthogonal(), "1.weight": Positive()})
         >>> raw, state = p.init(net)
-        >>> sorted(p(raw, state))
-        ['0.bias', '0.weight', '1.bias', '1.weight']
+        >>> optimizer = torch.optim.Adam(fp.trainable(raw), lr=0.1)
+        >>> x, y = torch.randn(8, 4), torch.randn(8, 4)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     out = torch.func.functional_call(net, p(raw, state), (x,))
+        ...     torch.nn.functional.mse_loss(out, y).backward()
+        ...     optimizer.step()
+        ...     state = p.update(raw, state)
+        >>> W = p(raw, state)["0.weight"]
+        >>> torch.allclose(W.T @ W, torch.eye(4), atol=1e-5)
+        True
+        >>> trained = fp.fold(net, p(raw, state))
     """
     leaves, structure = flatten(params)
     chosen = select(rules, leaves)
@@ -358,21 +432,6 @@ def _entry(leaf: Leaf, chosen: Mapping[str, AnyTransform]) -> Entry:
         return Entry(leaf.names, signature(transform, leaf.tensor), transform)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name!r}: {error}") from error
-
-
-def _value(entry: Entry, given: Mapping[str, Tensor]) -> Tensor:
-    """The one tensor for the names of an entry."""
-    present = [name for name in entry.names if name in given]
-    if not present:
-        raise ValueError(f"missing {entry.name!r}; got {describe(given)}")
-    value = given[present[0]]
-    for name in present[1:]:
-        expect_tied(present[0], value, name, given[name])
-    if not entry.signature.value.admits(value):
-        raise ValueError(
-            f"{entry.name!r}: expected {entry.signature.value}; got {TensorSpec.of(value)}"
-        )
-    return value
 
 
 def _fresh(tree: Mapping[str, Any]) -> dict[str, Any]:

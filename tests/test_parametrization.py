@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -231,20 +230,6 @@ def test_it_prints_as_a_table():
     assert "encoder.weight = decoder.weight" in lines[2]
     assert "base: (5, 5)" in lines[2]
     assert "float32 (5, 5)" in lines[2]
-
-
-def test_summary_counts_and_measures():
-    net = nn.Linear(3, 2)
-    p = fp.parametrize(net, {"weight": WeightNorm()})
-    raw, state = p.init(net)
-    lines = p.summary(raw, state).splitlines()
-    assert [line.split()[-2:] for line in lines[2:3]] == [["0", "0.0e+00"]]
-    assert lines[-2].split() == ["everything", "else", "2", "0"]
-    assert lines[-1].split() == ["total", "10", "0"]
-    low, q = mixed(mlp(dtype=torch.bfloat16))
-    assert "Orthogonal" in q.summary(*q.init(low))
-    meta = p.summary(*p.init(net.to("meta")))
-    assert "meta" in meta
 
 
 # torch.func

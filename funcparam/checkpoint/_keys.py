@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from funcparam._inspect import table
+from funcparam._table import Table, Tabular
 from funcparam.transforms._signature import describe
 
 _OWN = ("raw", "state", "net_buffers")
@@ -36,8 +36,8 @@ class Stored:
         return key_of(self.name, self.style, part)
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Tabular):
     """What [`explain`][funcparam.checkpoint.explain] found; prints as a table.
 
     Attributes:
@@ -49,14 +49,12 @@ class Explanation:
     stored: tuple[Stored, ...]
     _shapes: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         rows = [
-            [found.name, found.style, ", ".join(part for part, _ in found.keys), shapes]
+            (found.name, found.style, ", ".join(part for part, _ in found.keys), shapes)
             for found, shapes in zip(self.stored, self._shapes, strict=True)
         ]
-        return table(["name", "stored as", "parts", "shapes"], rows)
-
-    __repr__ = __str__
+        return Table(("name", "stored as", "parts", "shapes"), tuple(rows))
 
 
 def explain(state_dict: Mapping[str, Any]) -> Explanation:

@@ -27,7 +27,7 @@ class Function(Transform[Any]):
             )
 
     def __repr__(self) -> str:
-        return f"transform({getattr(self.function, '__qualname__', self.function)})"
+        return f"transform({getattr(self.function, '__name__', self.function)})"
 
     def forward(self, raw: Any, state: State) -> Tensor:
         return self.function(raw)
