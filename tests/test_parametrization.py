@@ -413,11 +413,11 @@ def test_no_right_inverse_says_what_to_use():
 def test_arguments_of_transforms():
     for make, match in [
         (lambda: Orthogonal("euler"), "'qr', 'newton_schulz'; got 'euler'"),
-        (lambda: Interval(1, 0), "low < high; got low=1, high=0"),
-        (lambda: Interval(0, float("inf")), "finite bounds"),
-        (lambda: LoRA(rank=0), "positive rank; got 0"),
-        (lambda: SpectralNorm(n_power_iterations=0), "positive; got 0"),
-        (lambda: SpectralNorm(eps=0.0), "eps to be positive; got 0.0"),
+        (lambda: Interval(1, 0), "low to be below high; got low=1, high=0"),
+        (lambda: Interval(0, float("inf")), "high to be a finite number; got inf"),
+        (lambda: LoRA(rank=0), "rank to be a positive integer; got 0"),
+        (lambda: SpectralNorm(n_power_iterations=0), "a positive integer or None; got 0"),
+        (lambda: SpectralNorm(eps=0.0), "eps to be a positive finite number; got 0.0"),
         (lambda: fp.transforms.Chain(), "at least one transform"),
     ]:
         with pytest.raises(ValueError, match=match):
