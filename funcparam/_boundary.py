@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from funcparam._names import closest
 from funcparam.transforms._base import AnyTransform, Raw, State, readable
 from funcparam.transforms._signature import (
     NamedSpecs,
@@ -91,7 +92,7 @@ def check_raw_tree(entries: Sequence[Entry], raw: RawTree) -> None:
     known = {name: entry for entry in entries for name in entry.names}
     for name in raw:
         if name not in known:
-            raise ValueError(f"raw: unknown name {name!r}; p was made without it")
+            raise ValueError(f"raw: unknown name {name!r}; {closest(name, [*known])}")
         if name != known[name].name:
             first = known[name].name
             raise ValueError(f"raw: {name!r} is tied to {first!r}; raw has it under that name only")

@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from funcparam._boundary import RawTree, StateTree
 from funcparam._functional_call import FunctionalCall
+from funcparam._names import closest
 from funcparam._parametrization import Parametrization
 from funcparam._tree import flatten
 from funcparam.transforms._base import Raw, State
@@ -260,7 +261,7 @@ def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
                 " p(raw, state), not raw"
             )
         if name not in leaves:
-            raise ValueError(f"values: unknown name {name!r}: the module has no such tensor")
+            raise ValueError(f"values: unknown name {name!r}; {closest(name, [*leaves])}")
         old = leaves[name].tensor
         if old.shape != value.shape:
             raise ValueError(

@@ -23,6 +23,7 @@ from funcparam._boundary import (
     value_of,
 )
 from funcparam._inspect import groups, overview, summary
+from funcparam._names import closest
 from funcparam._selection import Rules, select
 from funcparam._table import Table, Tabular
 from funcparam._tree import Leaf, Structure, flatten
@@ -334,10 +335,11 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         """The tensors that p was made for, under their first names."""
         leaves = flatten(values)[0]
         given = {name: leaf.tensor for leaf in leaves for name in leaf.names}
-        known = {name for entry in self.entries for name in entry.names}
+        known = {name: None for entry in self.entries for name in entry.names}
         for leaf in leaves:  # a module's buffers may stay out of p; its parameters may not
-            if not leaf.is_buffer and known.isdisjoint(leaf.names):
-                raise ValueError(f"unknown name {leaf.names[0]!r}: p was made without it")
+            if not leaf.is_buffer and not any(name in known for name in leaf.names):
+                name = leaf.names[0]
+                raise ValueError(f"unknown name {name!r}; {closest(name, [*known])}")
         return {entry.name: value_of(entry, given) for entry in self.entries}
 
     def _build(self, values: dict[str, Tensor]) -> Params:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
+from funcparam._names import closest
 from funcparam._tree import Leaf
 from funcparam.transforms._base import AnyTransform, Transform
 from funcparam.transforms._signature import describe
@@ -38,7 +38,8 @@ def select(rules: Rules, leaves: Sequence[Leaf]) -> dict[str, AnyTransform]:
             leaf for leaf in leaves if any(matches(n, leaf, i) for i, n in enumerate(leaf.names))
         ]
         if not matched:
-            raise ValueError(_nothing_matched(selector, leaves))
+            names = [name for leaf in leaves for name in leaf.names]
+            raise ValueError(f"rule {_show(selector)} matches nothing; {closest(selector, names)}")
         won = [leaf.names[0] for leaf in matched if leaf.names[0] not in taken]
         if not won:
             raise ValueError(_never_applies(pairs, selector, matched[0], taken))
@@ -118,21 +119,6 @@ def _never_applies(
         f"rule {_show(selector)} never applies: the earlier rule {winner} takes"
         f" {name!r} and whatever else it matches. Put the narrower rule first"
     )
-
-
-def _nothing_matched(selector: Any, leaves: Sequence[Leaf]) -> str:
-    names = [name for leaf in leaves for name in leaf.names]
-    if not isinstance(selector, str):
-        return f"rule {_show(selector)} matches nothing; the names are {_some(names)}"
-    near = get_close_matches(selector, names, n=3, cutoff=0.4)
-    if near:
-        return f"rule {selector!r} matches nothing; the closest names are {_some(near)}"
-    return f"rule {selector!r} matches nothing; the names are {_some(names)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:6]))
-    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "none"
 
 
 def _show(selector: Any) -> str:

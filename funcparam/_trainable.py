@@ -48,10 +48,10 @@ def _leaves(tree: Any, where: str) -> Iterator[Tensor]:
             f"{where}: expected a tensor or a dict of tensors; got {describe(tree)}."
             " raw, state = p.init(...) makes it"
         )
-    elif not tree.is_leaf:
+    elif tree.grad_fn is not None:
         raise ValueError(
-            f"{where}: expected a tensor that autograd did not compute; got one with"
-            f" {tree.grad_fn}. raw, state = p.init(...) makes it, and detached"
+            f"{where}: expected a tensor that autograd did not compute; got one of"
+            f" {tree.grad_fn.name()}. raw, state = p.init(...) makes it, and detached"
         )
     elif tree.is_floating_point() or tree.is_complex():
         yield tree

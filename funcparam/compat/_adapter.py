@@ -60,6 +60,18 @@ class TransformModule(nn.Module):
         self.take(raw, state)
         return raw if isinstance(raw, Tensor) else tuple(raw.values())
 
+    def follow(self, value: Tensor) -> None:
+        """Come after other parts, whose value is the raw of this one; take the state for it."""
+        self.transform.check(value)
+        try:
+            raw, state = self.transform.right_inverse(torch.empty_like(value, device="meta"))
+        except NotImplementedError:
+            return
+        if not isinstance(raw, Tensor):
+            self.raw_names = tuple(raw)
+        elif state:
+            self.right_inverse(value)
+
     def state(self) -> dict[str, Tensor]:
         """The transform's state, from the buffers."""
         buffers = self._buffers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcparam.compat import _private
-from funcparam.compat._adapter import as_module
+from funcparam.compat._adapter import TransformModule, as_module
 from funcparam.compat._cache import cached
 from funcparam.compat._classes import original_class, parametrized_class
 from funcparam.compat._list import ParametrizationList
@@ -72,14 +72,20 @@ def register_parametrization(
 
 
 def _append(module: nn.Module, name: str, part: nn.Module, unsafe: bool) -> None:  # noqa: FBT001
+    value = getattr(module, name)
+    plain = type(part) is TransformModule  # torch's own are made with the state that they need
+    if plain:
+        part.follow(value)
     raw_names = getattr(part, "raw_names", None)
     if raw_names:
         raise ValueError(
-            f"{part} has several raw tensors ({', '.join(raw_names)}), so it can only come first;"
-            f" '{name}' has a parametrization already"
+            f"{getattr(part, 'transform', part)} has several raw tensors ({', '.join(raw_names)}),"
+            f" so it can only come first; '{name}' has a parametrization already"
         )
     if not unsafe:
-        _check_addition(name, getattr(module, name), part)
+        _check_addition(name, value, part)
+        if plain:
+            part.follow(value)  # the check has assigned to it
     held = cast("ParametrizationList", _lists(module)[name])
     held.append(part)
     held.unsafe = held.unsafe or unsafe

@@ -83,10 +83,11 @@ def from_constraint(constraint: constraints.Constraint) -> AnyTransform:
 def _bound(constraint: Any, name: str) -> float:
     bound = getattr(constraint, name)
     if isinstance(bound, Tensor) and bound.numel() != 1:
+        kind = type(constraint).__name__.removeprefix("_")
         raise NotImplementedError(
-            f"from_constraint: {constraint!r} has bounds that differ between entries, and a"
-            " transform holds no tensor. Use LowerBound, UpperBound or Interval with one bound for"
-            " init, and write the tensors into state"
+            f"from_constraint: {kind} has a bound of shape"
+            f" {tuple(bound.shape)}, and a transform holds no tensor. Use LowerBound, UpperBound or"
+            " Interval with one bound for init, and write the tensors into state"
         )
     return float(bound)
 

@@ -11,7 +11,17 @@ from torch.nn.utils import parametrizations as torch_functions
 from torch.testing import assert_close
 
 import funcparam as fp
-from funcparam.transforms import Chain, Orthogonal, SpectralNorm, WeightNorm
+from funcparam.transforms import (
+    Chain,
+    Identity,
+    Interval,
+    LoRA,
+    Mask,
+    Orthogonal,
+    Positive,
+    SpectralNorm,
+    WeightNorm,
+)
 from funcparam.transforms import Symmetric as SymmetricTransform
 from tests.compat.parts import BOTH, Double, Factors, Sum, Symmetric, api, functions, torch_api
 
@@ -202,6 +212,64 @@ def test_funcparam_transforms_are_parametrizations(transform):
     api.register_parametrization(twin, "weight", transform)
     twin.load_state_dict(layer.state_dict())
     assert_close(twin.eval().weight, layer.eval().weight)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Mask(),
+        Interval(-9, 9),
+        Orthogonal(),
+        Orthogonal("qr"),
+        SpectralNorm(),
+        SymmetricTransform(),
+    ],
+    ids=repr,
+)
+def test_transforms_come_after_others_with_the_state_that_they_need(transform):
+    layer = linear()
+    first = api.register_parametrization(layer, "weight", SymmetricTransform()).weight.detach()
+    _, state = transform.right_inverse(first)
+    api.register_parametrization(layer, "weight", transform)
+    assert_close(layer.weight, transform.forward(first, state))
+    again = linear()
+    for part in (SymmetricTransform(), transform):
+        api.register_parametrization(again, "weight", part)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.eval().weight, layer.eval().weight)
+
+
+def test_a_transform_without_state_comes_after_any_value():
+    layer = api.register_parametrization(linear(), "weight", SymmetricTransform())
+    before = layer.weight.detach()
+    api.register_parametrization(layer, "weight", Positive())
+    assert_close(layer.weight, torch.nn.functional.softplus(before))
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (
+            WeightNorm(),
+            r"^WeightNorm\(dim=0\) has several raw tensors \(magnitude, direction\), so it",
+        ),
+        (LoRA(1), r"has several raw tensors \(A, B\), so it can only come first"),
+        (
+            SymmetricTransform(),
+            r"Symmetric\(\) expects a square matrix or a batch of them; got shape \(2, 3",
+        ),
+        (Interval(0, 1), "Interval.* expects every entry strictly between its bounds"),
+    ],
+    ids=lambda x: repr(x) if not isinstance(x, str) else "",
+)
+def test_what_cannot_come_after_others_says_why(transform, message):
+    layer = api.register_parametrization(nn.Linear(3, 2), "weight", Identity())
+    layer.weight = torch.full((2, 3), -2.0)
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match=message):
+        api.register_parametrization(layer, "weight", transform)
+    assert layer.state_dict().keys() == before.keys()
+    assert torch.equal(layer.weight, torch.full((2, 3), -2.0))
 
 
 def test_functions_are_parametrizations():

@@ -1,0 +1,228 @@
+"""Every error of funcparam is read in errors.txt: its whole text, below a call that brings it up.
+
+A `raise` that no call there meets fails the last test: add a call, with its text below.
+"""
+
+import ast
+import builtins
+import re
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import funcparam as fp
+from funcparam import compat
+from funcparam.compat import parametrize
+from funcparam.transforms import Mask, Symmetric, WeightNorm
+from tests.networks import Tied
+
+ROOT = Path(fp.__file__).parent
+
+
+def of(transform, value=None):
+    """The parametrization of one weight by one transform."""
+    tree = {"w": ONE if value is None else value}
+    return fp.parametrize(tree, {"w": transform} if transform else {})
+
+
+def made(forward, right_inverse=lambda value: value):
+    return fp.transform(forward, right_inverse)
+
+
+def log_det(transform):
+    value = torch.full((2, 2), 0.5)
+    p = of(transform, value)
+    return p.log_abs_det_jacobian(*p.init({"w": value}))
+
+
+def register(module, *parts):
+    for part in parts:
+        parametrize.register_parametrization(module, "weight", part)
+    return module
+
+
+def without(package, call):
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name.split(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "__import__", missing)
+        return call()
+
+
+def legacy():
+    class Doubled(nn.Module):
+        def forward(self, X):
+            return 2 * X
+
+    net, p, _, _ = compat.to_functional(register(nn.Linear(2, 2), Doubled()))
+    p.init(net)
+
+
+def compiled_call():
+    layer = register(nn.Linear(2, 2), Symmetric())
+    call = torch.compile(
+        lambda W: torch.func.functional_call(layer, {"weight": W}, ONE[:, :2]), backend="eager"
+    )
+    call(ONE[:, :2])
+
+
+class Untied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(5, 5)
+        self.decoder = nn.Linear(5, 5)
+
+
+class NoPair(fp.Transform[torch.Tensor]):
+    def __repr__(self):
+        return f"{type(self).__name__}()"
+
+    def forward(self, raw, state):
+        return raw
+
+    def right_inverse(self, value, *, generator=None):
+        return value
+
+    def violation(self, value, state):
+        return value.sum()
+
+
+class NoState(NoPair):
+    def right_inverse(self, value, *, generator=None):
+        return value, None
+
+
+class Unhashable(NoPair):
+    __hash__ = None
+
+
+ONE = torch.ones(2, 3)
+META = torch.ones(2, 3, device="meta")
+NET = nn.Linear(3, 2)
+TIED = Tied()
+VALUES = dict(TIED.state_dict())
+P = fp.parametrize(TIED, {"encoder.weight": WeightNorm(), "decoder.bias": Mask()})
+RAW, STATE = P.init(TIED)
+NORM = fp.parametrize({"w": ONE, "b": torch.ones(2)}, {"w": WeightNorm()})
+OWN = {"raw.w.magnitude": ONE[:, :1], "raw.w.direction": ONE, "raw.b": torch.ones(2)}
+STORED = "parametrizations.w"
+
+NAMES = {
+    **vars(fp.transforms),
+    **{name: getattr(fp.transforms, name) for name in fp.transforms.__all__},
+    **globals(),
+    "checkpoint": fp.checkpoint,
+    "constraints": torch.distributions.constraints,
+    "parametrizations": compat.parametrizations,
+}
+
+
+def rows():
+    """The call, the error's type and its text, of each row of errors.txt."""
+    row = []
+    for line in (Path(__file__).parent / "errors.txt").read_text().splitlines():
+        if line.startswith("    "):
+            row.append(line.strip())
+        else:
+            if row:
+                yield _row(row)
+            row = [line] if line and not line.startswith("#") else []
+    yield _row(row)
+
+
+def _row(lines):
+    call, *text = lines
+    kind, _, text = " ".join(text).partition(": ")
+    return call, kind, text
+
+
+ROWS = list(rows())
+
+
+@pytest.mark.parametrize(("call", "kind", "text"), ROWS, ids=[call for call, _, _ in ROWS])
+def test_it_says(call, kind, text):
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        eval(call, NAMES)
+    assert type(caught.value).__name__ == kind
+    pattern = ".*".join(map(re.escape, text.split("…")))
+    assert re.fullmatch(pattern, str(caught.value), re.DOTALL), str(caught.value)
+
+
+# Every raise has a row.
+
+
+@dataclass(frozen=True)
+class Site:
+    """A raise statement: the file, its lines, and its text."""
+
+    path: str
+    first: int
+    last: int
+    text: str
+
+    def __str__(self):
+        return f"{self.path}:{self.first}: {self.text}"
+
+
+def sites():
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                where = path.relative_to(ROOT).as_posix()
+                yield Site(where, node.lineno, node.end_lineno, ast.unparse(node))
+
+
+def raised_at(error):
+    """File and line of the raise, and those of the errors that led to it."""
+    while error is not None:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        yield frame.filename, frame.lineno
+        error = error.__cause__ or error.__context__
+
+
+def is_torchs(site):
+    """Whether compat says what torch says, which tests/compat compares word for word."""
+    return site.path.startswith("compat/") and max(_words(site.text), key=len) in TORCHS
+
+
+def _words(text):
+    return [
+        node.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ] or [""]
+
+
+TORCHS = " ".join(
+    text
+    for module in (torch.nn.utils.parametrize, torch.nn.utils.parametrizations)
+    for text in _words(Path(module.__file__).read_text())
+)
+
+
+def test_every_raise_is_in_the_table():
+    met = set()
+    for call, _, _ in ROWS:
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            eval(call, NAMES)
+        met.update(raised_at(caught.value))
+    found = list(sites())
+    assert len(found) > 150
+    unread = [
+        str(site)
+        for site in found
+        if not is_torchs(site)
+        and not any(
+            (str(ROOT / site.path), line) in met for line in range(site.first, site.last + 1)
+        )
+    ]
+    assert not unread, "raises without a row above:\n" + "\n".join(unread)
