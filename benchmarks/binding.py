@@ -1,55 +1,56 @@
-"""Calling a module with other tensors: funcparam's prepared call beside torch.func's.
+"""Calling a module with other tensors: a prepared call, torch.func's, tensordict's.
 
-    python benchmarks/binding.py
+    python benchmarks/binding.py [--quick]
 
-The layers compute nothing, so that binding is most of what is measured; the cost of running the
-network by itself is subtracted from both.
+The network only holds its layers and runs none of them, so that binding is what is measured.
 """
 
-import statistics
+import warnings
 
 import torch
-from _timing import interleaved, machine
+from _report import Comparison, main
 from torch import nn
 
 import funcparam as fp
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from tensordict import TensorDict
 
-class Layer(nn.Module):
-    """A weight and a bias, as most layers have, that cost nothing to apply."""
+RATIOS = [("torch.func", "funcparam"), ("tensordict", "funcparam")]
 
-    def __init__(self):
+
+class Holder(nn.Module):
+    """Layers of a weight and a bias each, which nothing calls."""
+
+    def __init__(self, count):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.bias = nn.Parameter(torch.zeros(1))
+        self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(count // 2))
 
     def forward(self, x):
         return x
 
 
-def main():
-    torch.set_num_threads(1)
-    print(machine())
-    print()
-    print("| parameters | torch.func, us | prepared, us | ratio |")
-    print("|---|---|---|---|")
+def comparisons(*, quick=False):
     x = torch.zeros(1)
-    for count in (10, 100, 1000):
-        net = nn.Sequential(*[Layer() for _ in range(count // 2)])
-        params = {name: torch.ones(1) for name, _ in net.named_parameters()}
-        call = fp.functional_call(net)
-        functions = {
-            "net": lambda net=net: net(x),
-            "torch": lambda net=net, params=params: torch.func.functional_call(net, params, (x,)),
-            "prepared": lambda call=call, params=params: call(params, (x,)),
-        }
-        times = interleaved(functions, rounds=15)
-        rows = list(zip(times["net"], times["torch"], times["prepared"], strict=True))
-        theirs = statistics.median(b - a for a, b, _ in rows) * 1e6
-        ours = statistics.median(c - a for a, _, c in rows) * 1e6
-        gain = statistics.median((b - a) / (c - a) for a, b, c in rows)
-        print(f"| {count} | {theirs:.0f} | {ours:.0f} | {gain:.1f} |")
+    for count in (10, 1000) if quick else (10, 100, 1000):
+        net = Holder(count)
+        params = {name: torch.ones_like(tensor) for name, tensor in net.named_parameters()}
+        prepared, nested = fp.functional_call(net), TensorDict.from_module(net).data
+
+        def by_tensordict(net=net, nested=nested):
+            with nested.to_module(net):
+                return net(x)
+
+        yield Comparison(
+            {"parameters": count},
+            {
+                "torch.func": lambda net=net, ps=params: torch.func.functional_call(net, ps, (x,)),
+                "tensordict": by_tensordict,
+                "funcparam": lambda call=prepared, params=params: call(params, (x,)),
+            },
+        )
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, comparisons, RATIOS)

@@ -1,15 +1,12 @@
 """The gradients of 64 networks: one vmap beside a loop over modules that PyTorch parametrized.
 
-    python benchmarks/ensemble.py
+    python benchmarks/ensemble.py [--quick]
 
-Each network is an MLP of three Linear(32, 32), on a batch of 16 of its own. The ratio is the loop's
-time divided by vmap's.
+Each network is an MLP of three Linear(32, 32), on a batch of 16 of its own.
 """
 
-import statistics
-
 import torch
-from _timing import interleaved, machine, ratio
+from _report import Comparison, main
 from maps import KINDS
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -17,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 import funcparam as fp
 
+RATIOS = [("PyTorch, a loop", "funcparam, one vmap")]
 MEMBERS = 64
 
 
@@ -56,21 +54,16 @@ def setting(kind):
         for net, batch in zip(theirs, x, strict=True):
             net(batch).square().mean().backward()
 
-    return {"loop": loop, "vmap": lambda: vmap(grad(loss))(raw, state, x)}
+    return {
+        "PyTorch, a loop": loop,
+        "funcparam, one vmap": lambda: vmap(grad(loss))(raw, state, x),
+    }
 
 
-def main():
-    torch.set_num_threads(1)
-    print(machine())
-    print()
-    print("| map | loop over PyTorch's modules, ms | one vmap, ms | ratio |")
-    print("|---|---|---|---|")
-    for kind in KINDS:
-        times = interleaved(setting(kind), rounds=7, seconds=0.05)
-        a, b = (statistics.median(times[name]) * 1e3 for name in ("loop", "vmap"))
-        gain, low, high = ratio(times, "loop", "vmap")
-        print(f"| {kind} | {a:.1f} | {b:.1f} | {gain:.1f} ({low:.1f} to {high:.1f}) |", flush=True)
+def comparisons(*, quick=False):
+    for kind in ("matrix_exp", "weight_norm") if quick else KINDS:
+        yield Comparison({"map": kind}, setting(kind))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, comparisons, RATIOS)

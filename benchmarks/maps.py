@@ -1,18 +1,13 @@
 """Forward and backward of parametrized weights: funcparam, PyTorch's own module, one by one.
 
-    python benchmarks/maps.py [--quick] [--json FILE]
+    python benchmarks/maps.py [--quick]
 
-Every leaf is moved away from its initial value. A ratio is PyTorch's time divided by funcparam's,
-the median over interleaved rounds with quartiles; above 1 funcparam is faster. "one by one" is the
-same without stacking, so that the two columns show what stacking gives at each size.
+Every leaf is moved away from its initial value. "one by one" is the same without stacking, so that
+the two ratios show what stacking gives at each size.
 """
 
-import argparse
-import json
-import statistics
-
 import torch
-from _timing import interleaved, machine, ratio
+from _report import Comparison, main
 from torch import nn
 from torch.nn.utils import parametrizations as torch_parametrizations
 
@@ -39,6 +34,8 @@ SIZES = [
     (8, 256),
 ]
 LARGE = [(1, 1024), (4, 1024)]
+QUICK = [(1, 64), (32, 16), (1, 256)]
+RATIOS = [("PyTorch", "funcparam"), ("PyTorch", "one by one")]
 
 
 def setting(kind, leaves, n):
@@ -70,39 +67,15 @@ def setting(kind, leaves, n):
     def theirs():
         torch.autograd.grad([layer.weight for layer in net], parameters, grads)
 
-    return {"torch": theirs, "funcparam": ours, "one by one": one_by_one}
+    return {"PyTorch": theirs, "funcparam": ours, "one by one": one_by_one}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no large weights")
-    parser.add_argument("--json", help="write all figures there")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rounds = 5 if arguments.quick else 11
-    figures = []
-    print(machine())
-    print()
-    print("| map | leaves | n | PyTorch, ms | funcparam, ms | ratio | one by one |")
-    print("|---|---|---|---|---|---|---|")
+def comparisons(*, quick=False):
     for kind in KINDS:
-        elementwise = kind in ("weight_norm", "spectral_norm")
-        sizes = SIZES + (LARGE if elementwise and not arguments.quick else [])
-        for leaves, n in sizes:
-            times = interleaved(setting(kind, leaves, n), rounds)
-            middle = {name: statistics.median(found) * 1e3 for name, found in times.items()}
-            gain, low, high = ratio(times, "torch", "funcparam")
-            alone = ratio(times, "torch", "one by one")[0]
-            print(
-                f"| {kind} | {leaves} | {n} | {middle['torch']:.3f} | {middle['funcparam']:.3f}"
-                f" | {gain:.2f} ({low:.2f} to {high:.2f}) | {alone:.2f} |",
-                flush=True,
-            )
-            figures.append({"map": kind, "leaves": leaves, "n": n, "seconds": times})
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"machine": machine(), "figures": figures}, file)
+        entrywise = kind in ("weight_norm", "spectral_norm")
+        for leaves, n in QUICK if quick else SIZES + LARGE * entrywise:
+            yield Comparison({"map": kind, "leaves": leaves, "n": n}, setting(kind, leaves, n))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, comparisons, RATIOS)
