@@ -2,8 +2,8 @@
 
     python benchmarks/compat.py [--quick]
 
-A weight of 64 x 64 is read in training, without its backward; 100 layers of 8 x 8 are parametrized and
-unparametrized.
+A weight of 64 x 64 is read in training, without its backward; 100 layers of 8 x 8 are parametrized,
+and plain again.
 """
 
 import torch

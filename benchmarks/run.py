@@ -1,0 +1,102 @@
+"""Measure everything, side by side in one process, and write what the documentation shows.
+
+    python benchmarks/run.py [--quick] [--only NAME ...] [--out DIRECTORY]
+
+Writes a table of each benchmark, `figures.json` with every round of every candidate, and a picture of
+the ratios. One thread. --quick takes fewer cases and rounds, and less than three minutes.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from _report import measure, table
+from _timing import ratio
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+TIMED = "maps", "step", "ensemble", "maml", "binding", "evaluation", "compat", "compiled"
+COUNTED = "memory", "accuracy"
+PEERS = "torch", "geotorch", "higher", "torchopt", "tensordict"
+
+
+def processor():
+    """The processor's name, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.machine())
+
+
+def conditions():
+    versions = ", ".join(f"{name} {version(name)}" for name in PEERS)
+    return f"{processor()}, one thread, Python {platform.python_version()}; {versions}"
+
+
+def timed(name, *, quick):
+    benchmark = import_module(name)
+    figures = measure(benchmark.comparisons(quick=quick), rounds=5 if quick else 11)
+    return figures, table(figures, benchmark.RATIOS), benchmark.RATIOS
+
+
+def picture(ratios, path):
+    """The median ratio of every comparison, with its quartiles, on one logarithmic axis."""
+    figure, axis = plt.subplots(figsize=(7, 0.19 * len(ratios) + 0.8), layout="constrained")
+    for y, (_, middle, low, high) in enumerate(reversed(ratios)):
+        colour = "tab:green" if middle >= 1 else "tab:red"
+        axis.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.5)
+        axis.plot(middle, y, "o", color=colour, markersize=4)
+    axis.axvline(1, color="black", linewidth=0.8)
+    labels = [label for label, *_ in reversed(ratios)]
+    axis.set_yticks(range(len(ratios)), labels, fontsize=7)
+    axis.set(xscale="log", ylim=(-1, len(ratios)), xlabel="time of the other / time of funcparam")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.grid(axis="x", which="both", linewidth=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def gains(name, figures, pairs):
+    """Every ratio of a benchmark, with a label that says what it is of."""
+    for figure in figures:
+        case = ", ".join(str(value).strip("`") for value in figure["case"].values())
+        for other, ours in pairs:
+            if {other, ours} <= figure["seconds"].keys():
+                yield f"{name}: {case}, {other} / {ours}", *ratio(figure["seconds"], other, ours)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--only", nargs="*", default=[*TIMED, *COUNTED], help="some benchmarks")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="where everything goes")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    print(f"{conditions()}\n")
+    everything, ratios = {"conditions": conditions()}, []
+    for name in arguments.only:
+        if name in COUNTED:
+            figures, shown = import_module(name).report(quick=arguments.quick)
+        else:
+            figures, shown, pairs = timed(name, quick=arguments.quick)
+            ratios += gains(name, figures, pairs)
+        everything[name] = figures
+        (arguments.out / f"{name}.md").write_text(shown + "\n", encoding="utf-8")
+        print(f"{name}\n\n{shown}\n", flush=True)
+    (arguments.out / "conditions.md").write_text(conditions() + ".\n", encoding="utf-8")
+    (arguments.out / "figures.json").write_text(json.dumps(everything), encoding="utf-8")
+    if ratios:
+        picture(ratios, arguments.out / "ratios.png")
+
+
+if __name__ == "__main__":
+    main()
