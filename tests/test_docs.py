@@ -66,3 +66,11 @@ def test_every_public_name_is_documented():
     modules = {"transforms", "checkpoint", "compat.parametrize", "compat.parametrizations"}
     other_names = {"Transform", "transforms.transform"}  # each is documented under one of its two
     assert sorted(documented) == sorted(public - modules - other_names)
+
+
+def test_the_readme_names_tests_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cells = re.findall(r"\[`(problem_\w+)`\]\((tests/\S+\.py)\)", readme)
+    assert len(cells) > 15
+    for name, path in cells:
+        assert f"def test_{name}" in (ROOT / path).read_text(encoding="utf-8"), (name, path)
