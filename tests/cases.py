@@ -41,6 +41,7 @@ from funcparam.transforms import (
     Monarch,
     Ordered,
     Orthogonal,
+    OrthogonalConv,
     Permute,
     Positive,
     PositiveDefinite,
@@ -64,6 +65,12 @@ from funcparam.transforms import (
     WeightNorm,
     WeightStandardization,
     transform,
+)
+from tests.convolutions import (
+    almost_orthogonal_kernel,
+    orthogonal_kernel,
+    peeled,
+    perron_kernel,
 )
 
 Shape = tuple[int, ...]
@@ -474,6 +481,46 @@ CASES = [
         ((4, 4), (5, 3), (3, 5), (1, 1)),
         _numpy(_almost_orthogonal),
         _numpy(_perron),
+    ),
+    *(
+        Case(
+            AOL(groups),
+            shapes,
+            almost_orthogonal_kernel(groups),
+            perron_kernel(groups),
+            name=f"{AOL(groups)} of kernels",
+        )
+        for groups, shapes in (
+            (1, ((3, 2, 3), (2, 2, 3, 2), (1, 1, 2), (2, 2, 1, 2, 2))),
+            (2, ((4, 2, 3), (2, 3, 2, 2))),
+        )
+    ),
+    *(
+        Case(
+            OrthogonalConv(map),
+            shapes,
+            orthogonal_kernel,
+            peeled,
+            complex=map != "householder",
+        )
+        for map, shapes in (
+            ("matrix_exp", ((3, 3, 3), (2, 3, 2), (3, 2, 3), (2, 2, 3, 2))),
+            ("cayley", ((2, 2, 2, 2),)),
+            ("householder", ((3, 3, 2),)),
+        )
+    ),
+    Case(
+        OrthogonalConv(),
+        ((1, 3, 3), (2, 2, 1, 3), (1, 2, 2, 1, 2), (1, 1, 3)),
+        orthogonal_kernel,
+        complex=True,
+        name="OrthogonalConv of kernels that leave a projector free",
+    ),
+    Case(
+        OrthogonalConv(groups=2),
+        ((4, 2, 2),),
+        lambda x: torch.cat([orthogonal_kernel(part) for part in x.chunk(2)]),
+        complex=True,
     ),
     Case(DoublyStochastic(), ((4, 4), (2, 3, 3), (1, 1)), _numpy(_sinkhorn)),
     Case(DoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2))),

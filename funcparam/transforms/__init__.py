@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._norm import WeightNorm
     from funcparam.transforms._ordered import Ordered
     from funcparam.transforms._orthogonal import Orthogonal, SpecialOrthogonal
+    from funcparam.transforms._orthogonal_conv import OrthogonalConv
     from funcparam.transforms._plumbing import Affine, Permute, Reshape, Transpose
     from funcparam.transforms._positive import Positive
     from funcparam.transforms._psd_low_rank import PSDLowRank
@@ -72,6 +73,7 @@ _FAMILY_OF: Mapping[str, str] = MappingProxyType(
         "Ordered": "_ordered",
         "Orthogonal": "_orthogonal",
         "SpecialOrthogonal": "_orthogonal",
+        "OrthogonalConv": "_orthogonal_conv",
         "Affine": "_plumbing",
         "Permute": "_plumbing",
         "Reshape": "_plumbing",
@@ -124,6 +126,7 @@ __all__ = [
     "Monarch",
     "Ordered",
     "Orthogonal",
+    "OrthogonalConv",
     "PSDLowRank",
     "Permute",
     "Positive",

@@ -7,8 +7,14 @@ from typing import final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms._base import State, Transform, expect_matrix, expect_real, largest
-from funcparam.transforms._linalg import linalg
+from funcparam.transforms._kernels import (
+    expect_groups,
+    grouped,
+    lag_sums,
+    operator_norm,
+)
 from funcparam.transforms._precision import full_precision
 from funcparam.transforms._softplus import inverse_softplus, softplus
 
@@ -76,20 +82,33 @@ _SQUARINGS = 12
 @final
 @dataclass(frozen=True)
 class AOL(Transform[Tensor]):
-    r"""Almost orthogonal matrices: spectral norm at most 1, by a scale for each input.
+    r"""Almost orthogonal matrices and convolution kernels: spectral norm at most 1.
 
-    $$W = X \operatorname{diag}\left(\sum\nolimits_j \lvert X^T X \rvert_{ij}\right)^{-1/2}$$
+    $$W = X \operatorname{diag}\left(\sum\nolimits_j N_{ij}(X)\right)^{-1/2}, \qquad
+    N_{ij}(X) = \sum_s \left|\sum\nolimits_t X_t^T X_{t+s}\right|_{ij}$$
 
-    Raw has the shape of the value, a real matrix. Columns of zeros stay 0. The image is smaller
-    than the matrices of spectral norm at most 1: it is those `W` with `|W^T W| d = d` for a
-    positive `d`, orthonormal columns among them. Such a value is kept, with `W diag(d)` as raw.
-    Any other value, of spectral norm below 1 too, is divided by the root of the largest
-    eigenvalue of `|W^T W|`, where its eigenvector `d` is positive; columns that have no share in
-    it get a norm of their own.
+    Each input is scaled by what its column has in common with all columns. Of a matrix `(m, n)`,
+    as `Linear` has, there is one `t` and `N = |X^T X|`. Of a kernel `(out, in / groups, *taps)`,
+    as `Conv1d` to `Conv3d` have, `t` goes over its taps and `s` over all lags, in every direction.
+    Then the convolution has spectral norm at most 1 for inputs of every size, with zero or
+    circular padding, with any stride and dilation, and so does the transposed convolution by the
+    same kernel.
+
+    Raw has the shape of the value. Inputs of zeros stay 0. The image is smaller than the values
+    of spectral norm at most 1: it is those `W` with `N(W) d = d` for a positive `d`, orthonormal
+    columns and orthogonal kernels among them. Such a value is kept, with `W diag(d)` as raw. Any
+    other value, of spectral norm below 1 too, is divided by the root of the largest eigenvalue of
+    `N(W)`, where its eigenvector `d` is positive; inputs that have no share in it get a norm of
+    their own. All of this is for each group by itself. Real dtypes.
+
+    Args:
+        groups: the convolution's `groups`.
 
     Raises:
-        ValueError: at `fp.parametrize`, if the value is not a real matrix. The bound does not
-            hold for a convolution with this kernel.
+        TypeError: `groups` is not an integer.
+        ValueError: `groups` is not positive; at `fp.parametrize`, if the value has fewer than two
+            dimensions or is not real, or if `groups` does not divide the outputs, or is not 1 for
+            a matrix.
 
     Example:
         >>> import torch
@@ -97,37 +116,45 @@ class AOL(Transform[Tensor]):
         >>> AOL().forward(torch.tensor([[2.0, 0.0], [0.0, 5.0]]), {})
         tensor([[1., 0.],
                 [0., 1.]])
+        >>> AOL().forward(torch.tensor([[[2.0, 2.0]]]), {})  # half the sum of two neighbours
+        tensor([[[0.5000, 0.5000]]])
 
-    Source: Prach and Lampert, Almost-orthogonal layers, arXiv 2208.03160, theorem 1.
+    Source: Prach and Lampert, Almost-orthogonal layers, arXiv 2208.03160, theorems 1 and 2.
     """
+
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        expect_argument(self, "groups", POSITIVE_INTEGER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         # the scale of all of raw does not matter, unless its squares overflow or vanish
         size = largest(raw.detach())
-        X = raw / torch.where(size > 0, size, 1)
-        sums = (X.mT @ X).abs().sum(-1)
-        return X / torch.where(sums > 0, sums, 1).sqrt()
+        X = grouped(raw / torch.where(size > 0, size, 1), self.groups)
+        sums = lag_sums(X).sum(-1)
+        return (X / _per_input(torch.where(sums > 0, sums, 1).sqrt(), X)).reshape(raw.shape)
 
     @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
         size = largest(value.detach())
-        W = value / torch.where(size > 0, size, 1)
-        power = (W.mT @ W).abs()
+        power = lag_sums(grouped(value / torch.where(size > 0, size, 1), self.groups))
         for _ in range(_SQUARINGS):
+            total = power.sum((-2, -1), keepdim=True)
+            power = power / torch.where(total > 0, total, 1)
             power = power @ power
-            top = largest(power)
-            power = power / torch.where(top > 0, top, 1)
         d = power.sum(-1)
-        d = d / torch.where(largest(d) > 0, largest(d), 1)
-        return value * d.clamp_min(torch.finfo(value.dtype).eps), {}
+        mean = d.mean(-1, keepdim=True)
+        d = (d / torch.where(mean > 0, mean, 1)).clamp_min(torch.finfo(value.dtype).eps)
+        kernel = grouped(value, self.groups)
+        return (kernel * _per_input(d, kernel)).reshape(value.shape), {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
-        """How far the spectral norm is above 1."""
-        norm: Tensor = linalg.matrix_norm(value, 2)
-        return (norm - 1).clamp_min(0)
+        """How far the spectral norm is above 1; a kernel's on a torus four times as wide as it."""
+        return (operator_norm(grouped(value, self.groups)) - 1).clamp_min(0)
 
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         raise NotImplementedError(
@@ -137,5 +164,19 @@ class AOL(Transform[Tensor]):
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
-        if value.ndim != 2:
-            raise ValueError(f"{self!r} expects a matrix; got shape {tuple(value.shape)}")
+        if value.ndim < 2:
+            raise ValueError(
+                f"{self!r} expects a matrix or a convolution kernel (out, in / groups, *taps);"
+                f" got shape {tuple(value.shape)}"
+            )
+        if value.ndim == 2 and self.groups != 1:
+            raise ValueError(
+                f"{self!r} expects a convolution kernel: a matrix, of shape {tuple(value.shape)},"
+                " has no groups. Use AOL()"
+            )
+        expect_groups(self, value, self.groups)
+
+
+def _per_input(x: Tensor, kernel: Tensor) -> Tensor:
+    """Shape (groups, in) to be broadcast over outputs and taps."""
+    return x.reshape(x.shape[0], 1, x.shape[1], *[1] * (kernel.ndim - 3))
