@@ -16,6 +16,8 @@ from funcparam.transforms._base import AnyTransform, State, Transform
 
 _NOTHING: State = MappingProxyType({})
 
+_PLAIN = frozenset({nn.Parameter, Tensor})
+
 FEWEST = 4
 """Leaves from which on a stack saves more than making it and taking it apart costs."""
 
@@ -61,12 +63,10 @@ def evaluate(
     transform: AnyTransform, names: Sequence[str], raw: RawTree, state: StateTree
 ) -> Sequence[Tensor]:
     """Map raw to the values of a stacked group, in one call."""
-    raws = [raw[name] for name in names]
-    states = [state[name] for name in names] if names[0] in state else []
-    stack, own = _stack(raws), _stack(states) if states else _NOTHING
+    raws, states = [raw[name] for name in names], [state.get(name, _NOTHING) for name in names]
+    stack, own = _stack(raws), _stack(states)
     if stack is None or own is None:
-        owns = states or [_NOTHING] * len(raws)
-        return [transform.forward(r, s) for r, s in zip(raws, owns, strict=True)]
+        return [transform.forward(r, s) for r, s in zip(raws, states, strict=True)]
     return transform.forward_stacked(stack, own).unbind()
 
 
@@ -80,7 +80,7 @@ def update(
     stack, own = _stack(raws), _stack(states)
     if stack is None or own is None:
         return [transform.update(r, s) for r, s in zip(raws, states, strict=True)]
-    new = torch.func.vmap(transform.update)(stack, own)
+    new = transform.update_stacked(stack, own)
     return [
         dict(zip(new, parts, strict=True))
         for parts in zip(*(tensor.unbind() for tensor in new.values()), strict=True)
@@ -100,6 +100,5 @@ def _stack(leaves: Sequence[Any]) -> Any:
 
 def _are_alike(tensors: Sequence[Any]) -> bool:
     """Whether all are plain, since subclasses know better how they are stored, and of one kind."""
-    if not {type(t) for t in tensors} <= {nn.Parameter, Tensor}:
-        return False
-    return len({(t.dtype, t.device) for t in tensors}) == 1
+    kinds = set(map(type, tensors))
+    return kinds <= _PLAIN and len({(t.dtype, t.device) for t in tensors}) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from funcparam._names import closest
 from funcparam.transforms._base import AnyTransform, Raw, State, readable
 from funcparam.transforms._signature import (
-    NamedSpecs,
     Signature,
     TensorSpec,
     check_named,
@@ -24,9 +23,7 @@ from funcparam.transforms._signature import (
 RawTree: TypeAlias = Mapping[str, Raw]
 StateTree: TypeAlias = Mapping[str, State]
 
-Layout: TypeAlias = "tuple[list[str] | None, list[tuple[tuple[int, ...], torch.dtype]]]"
-
-_NOTHING: State = MappingProxyType({})
+_DICTS = (dict, MappingProxyType)
 
 
 @dataclass(frozen=True)
@@ -36,51 +33,56 @@ class Entry:
     names: tuple[str, ...]
     signature: Signature
     transform: AnyTransform | None
-    _raw: Layout = field(init=False, repr=False, compare=False)
-    _state: Layout = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_raw", _layout(self.signature.raw))
-        object.__setattr__(self, "_state", _layout(self.signature.state))
 
     @property
     def name(self) -> str:
         """The first name, under which raw and state have it."""
         return self.names[0]
 
-    def fits(self, raw: Any, state: Any) -> bool:
-        """Whether all names, shapes and dtypes are the expected ones; quick, and without errors."""
-        return _fits(raw, self._raw) and _fits(state, self._state)
 
+class Expected:
+    """What raw and state look like, prepared for a quick comparison."""
 
-def _layout(specs: TensorSpec | NamedSpecs) -> Layout:
-    if isinstance(specs, TensorSpec):
-        return None, [(specs.shape, specs.dtype)]
-    return [name for name, _ in specs], [(spec.shape, spec.dtype) for _, spec in specs]
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        found = {entry.name: entry.signature for entry in entries}
+        raws = [s.raw if isinstance(s.raw, TensorSpec) else dict(s.raw) for s in found.values()]
+        states = {name: dict(s.state) for name, s in found.items() if s.state}
+        nested = [{"": raw} if isinstance(raw, TensorSpec) else raw for raw in raws]
+        specs = [spec for own in (*nested, *states.values()) for spec in own.values()]
+        self._names = list(found)
+        self._keys = [None if isinstance(raw, TensorSpec) else list(raw) for raw in raws]
+        self._state = [(name, list(own)) for name, own in states.items()]
+        self._shapes, self._dtypes = [s.shape for s in specs], [s.dtype for s in specs]
 
+    def fits(self, raw: RawTree, state: StateTree) -> bool:
+        """Whether all names, in order, shapes and dtypes are the expected ones.
 
-def _fits(tensors: Any, layout: Layout) -> bool:
-    names, expected = layout
-    if names is None:
-        tensors = (tensors,)
-    elif not names:
-        return len(tensors) == 0
-    elif isinstance(tensors, dict) and list(cast("dict[str, Any]", tensors)) == names:
-        tensors = cast("dict[str, Any]", tensors).values()
-    else:
-        return False
-    return [(getattr(t, "shape", None), getattr(t, "dtype", None)) for t in tensors] == expected
-
-
-def looks_right(names: list[str], plain: list[Any], raw: RawTree) -> bool:
-    """Whether names are as expected, in order, and what passes through has its shapes and dtypes.
-
-    One comparison of lists: quick for thousands of leaves.
-    """
-    if not isinstance(raw, dict) or list(raw) != names:
-        return False
-    found = [(getattr(t, "shape", None), getattr(t, "dtype", None)) for t in raw.values()]
-    return found == plain
+        False where something is unusual, such as a mapping that is no dict; that may still be
+        right.
+        """
+        if not (isinstance(raw, dict) and list(raw) == self._names):
+            return False
+        if not (isinstance(state, _DICTS) and len(state) == len(self._state)):
+            return False
+        tensors: list[Any] = []
+        for own, keys in zip(cast("dict[str, Any]", raw).values(), self._keys, strict=True):
+            if keys is None:
+                tensors.append(own)
+            elif isinstance(own, dict) and list(cast("dict[str, Any]", own)) == keys:
+                tensors += cast("dict[str, Any]", own).values()
+            else:
+                return False
+        for name, keys in self._state:
+            own: Any = state.get(name)
+            if not (isinstance(own, dict) and list(cast("dict[str, Any]", own)) == keys):
+                return False
+            tensors += cast("dict[str, Any]", own).values()
+        try:
+            return [t.shape for t in tensors] == self._shapes and (
+                [t.dtype for t in tensors] == self._dtypes
+            )
+        except AttributeError:
+            return False
 
 
 def check_raw_tree(entries: Sequence[Entry], raw: RawTree) -> None:
@@ -102,21 +104,17 @@ def check_raw_tree(entries: Sequence[Entry], raw: RawTree) -> None:
         check_raw(entry.signature.raw, raw[entry.name], f"raw[{entry.name!r}]")
 
 
-def check_chosen(chosen: Sequence[Entry], raw: RawTree, state: StateTree) -> None:
-    """Raise for the first thing that is wrong with the raw and the state of a transform."""
+def check_state_tree(entries: Sequence[Entry], state: StateTree) -> None:
+    """Raise for the first thing that is wrong with state, naming its path."""
     if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"state: expected a dict; got {describe(state)}. raw, state = p.init(...) makes it"
         )
-    left = len(state)
+    chosen = [entry for entry in entries if entry.transform is not None]
     for entry in chosen:
-        name = entry.name
-        left -= name in state
-        if not entry.fits(raw[name], state.get(name, _NOTHING)):
-            check_raw(entry.signature.raw, raw[name], f"raw[{name!r}]")
-            _check_state(entry, state)
-    if left:
-        unknown = set(state) - {entry.name for entry in chosen}
+        _check_state(entry, state)
+    unknown = set(state) - {entry.name for entry in chosen}
+    if unknown:
         raise ValueError(f"state: unknown names {sorted(map(str, unknown))}; no transform has them")
 
 

@@ -14,12 +14,12 @@ from torch.nn.parameter import is_lazy
 from funcparam import _batching
 from funcparam._boundary import (
     Entry,
+    Expected,
     RawTree,
     StateTree,
-    check_chosen,
     check_raw_tree,
+    check_state_tree,
     expect_finite,
-    looks_right,
     value_of,
 )
 from funcparam._inspect import groups, overview, summary
@@ -73,27 +73,19 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     structure: Structure | None
     _transforms: dict[str, AnyTransform] = field(init=False, compare=False)
     _aliases: dict[str, str] = field(init=False, compare=False)
-    _chosen: tuple[Entry, ...] = field(init=False, compare=False)
-    _names: list[str] = field(init=False, compare=False)
-    _plain: list[Any] = field(init=False, compare=False)
+    _expected: Expected = field(init=False, compare=False)
     _groups: tuple[_batching.Group, ...] = field(init=False, compare=False)
     _stacks: list[tuple[AnyTransform, tuple[str, ...]]] = field(init=False, compare=False)
     _single: list[str] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         chosen = {e.name: e.transform for e in self.entries if e.transform is not None}
-        raws = [e.signature.raw for e in self.entries]
         derived: dict[str, Any] = {
             "_transforms": chosen,
             "_aliases": {alias: e.name for e in self.entries for alias in e.names[1:]},
-            "_chosen": tuple(e for e in self.entries if e.transform is not None),
-            "_names": [e.name for e in self.entries],
-            "_plain": [
-                (raw.shape, raw.dtype) if isinstance(raw, TensorSpec) else (None, None)
-                for raw in raws
-            ],
+            "_expected": Expected(self.entries),
         }
-        found = _batching.plan(derived["_chosen"])
+        found = _batching.plan([e for e in self.entries if e.transform is not None])
         stacks = [group for group in found if not group.obstacle]
         derived |= {
             "_groups": found,
@@ -327,9 +319,9 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     # The boundary
 
     def _check(self, raw: RawTree, state: StateTree) -> None:
-        if not looks_right(self._names, self._plain, raw):
+        if not self._expected.fits(raw, state):
             check_raw_tree(self.entries, raw)
-        check_chosen(self._chosen, raw, state)
+            check_state_tree(self.entries, state)
 
     def _values(self, values: Any) -> dict[str, Tensor]:
         """The tensors that p was made for, under their first names."""

@@ -13,8 +13,8 @@ from funcparam._boundary import (
     Entry,
     RawTree,
     StateTree,
-    check_chosen,
     check_raw_tree,
+    check_state_tree,
     expect_finite,
 )
 from funcparam._parametrization import Parametrization
@@ -158,7 +158,7 @@ def convert(
 
 def _check(p: Parametrization[Any], raw: RawTree, state: StateTree) -> None:
     check_raw_tree(p.entries, raw)
-    check_chosen([entry for entry in p.entries if entry.transform is not None], raw, state)
+    check_state_tree(p.entries, state)
 
 
 def _read_stored(

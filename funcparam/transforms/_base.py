@@ -91,6 +91,13 @@ class Transform(ABC, Generic[R]):
         """
         return state
 
+    def update_stacked(self, raw: R, state: State) -> State:
+        """Take the step of [`update`][..update] for a stack of raw and a stack of state.
+
+        The default is `torch.func.vmap` of it.
+        """
+        return torch.func.vmap(self.update)(raw, dict(state))
+
     def rebase(self, raw: R, state: State) -> tuple[R, State]:
         """Move the base point to the current value, which stays; the identity without one."""
         return raw, state

@@ -96,10 +96,8 @@ class Orthogonal(Transform[Tensor]):
         tall = raw.mT if wide else raw
         if self.map in _PROJECTIONS and not self.trivialize:
             tall = tall - identity_like(tall)
-        frame = FRAMES[self.map](tall)
-        if self.trivialize:
-            frame = state["base"] @ frame
-        elif self.map == "householder":
+        frame = FRAMES[self.map](tall, state.get("base"))
+        if self.map == "householder" and not self.trivialize:
             frame = frame * state["signs"].unsqueeze(-2)
         return frame.mT if wide else frame
 

@@ -27,19 +27,22 @@ def identity_like(X: Tensor) -> Tensor:
     return torch.eye(X.shape[-2], X.shape[-1], dtype=X.dtype, device=X.device)
 
 
-def _matrix_exp(X: Tensor) -> Tensor:
-    return skew_exp(_skew_hermitian(X))[..., : X.shape[-1]]
+def _matrix_exp(X: Tensor, base: Tensor | None = None) -> Tensor:
+    return _at(base, skew_exp(_skew_hermitian(X))[..., : X.shape[-1]])
 
 
-def _cayley(X: Tensor) -> Tensor:
+def _cayley(X: Tensor, base: Tensor | None = None) -> Tensor:
     A = _skew_hermitian(X)
-    # (I - A/2)^-1 (I + A/2) = 2 (I - A/2)^-1 - I: one inverse and no product
+    # (I - A/2)^-1 (I + A/2) = (I/2 - A/4)^-1 - I: one inverse and no product
     identity = identity_like(A)
-    inverse: Tensor = linalg.inv(identity - A / 2)
-    return (2 * inverse - identity)[..., : X.shape[-1]]
+    inverse: Tensor = linalg.inv(torch.sub(identity / 2, A, alpha=0.25))
+    k = X.shape[-1]
+    if base is None:
+        return (inverse - identity)[..., :k]
+    return base @ inverse[..., :k] - base[..., :k]
 
 
-def _householder(X: Tensor) -> Tensor:
+def _householder(X: Tensor, base: Tensor | None = None) -> Tensor:
     """Minus the first columns of the product of the reflections, so that X = 0 gives I.
 
     The product in the UT form is I - V S^-1 V^T with S = striu(V^T V) + diag(V^T V) / 2: one
@@ -51,23 +54,24 @@ def _householder(X: Tensor) -> Tensor:
     gram = V.mT @ V
     S = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
     solved: Tensor = linalg.solve_triangular(S, V[..., :k, :].mT, upper=True)
-    return V @ solved - identity_like(X)
+    return _at(base, V @ solved - identity_like(X))
 
 
-def _qr(X: Tensor) -> Tensor:
+def _qr(X: Tensor, base: Tensor | None = None) -> Tensor:
     """The Q factor of I + X, with a positive diagonal of R."""
     Q, R = cast("tuple[Tensor, Tensor]", linalg.qr(identity_like(X) + X))
-    return Q * _phases(R)
+    return _at(base, Q * _phases(R))
 
 
-def _newton_schulz(X: Tensor) -> Tensor:
+def _newton_schulz(X: Tensor, base: Tensor | None = None) -> Tensor:
     """The polar factor of I + X, by a fixed number of Newton-Schulz steps of order five.
 
     Each step multiplies small singular values by 15/8, so 18 of them reach 1 to rounding for
     condition numbers to about 1e4. Source: Björck and Bowie, SIAM J. Numer. Anal. 8 (1971).
     """
     start = identity_like(X) + X
-    return reduce(lambda Y, _: _towards_polar(Y), range(18), start / _norm_bound(start))
+    polar = reduce(lambda Y, _: _towards_polar(Y), range(18), start / _norm_bound(start))
+    return _at(base, polar)
 
 
 def _norm_bound(Y: Tensor) -> Tensor:
@@ -81,7 +85,11 @@ def _towards_polar(Y: Tensor) -> Tensor:
     return Y @ (15 * identity_like(gram) - 10 * gram + 3 * gram @ gram) / 8
 
 
-FRAMES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+def _at(base: Tensor | None, frame: Tensor) -> Tensor:
+    return frame if base is None else base @ frame
+
+
+FRAMES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
         "matrix_exp": _matrix_exp,
         "cayley": _cayley,
@@ -90,7 +98,8 @@ FRAMES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "newton_schulz": _newton_schulz,
     }
 )
-"""Maps from a tall matrix to orthonormal columns, 0 to the identity."""
+"""Maps from a tall matrix to orthonormal columns, 0 to the identity or to the columns of a base
+that is given as the second argument."""
 
 
 def complete_q_factor(tall: Tensor) -> Tensor:

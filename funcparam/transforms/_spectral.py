@@ -77,13 +77,12 @@ class SpectralNorm(Transform[Tensor]):
         if self.n_power_iterations is None:
             sigma: Tensor = linalg.matrix_norm(X, 2)
         else:
-            sigma = torch.vdot(state["u"], X @ state["v"])
-            sigma = sigma.real if sigma.is_complex() else sigma
+            sigma = _inner(state["u"], torch.mv(X, state["v"]))
         return raw * self._reciprocal(sigma)  # cheaper than a division, backwards too
 
     @full_precision
     def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
-        if self.dim != 0 or raw.ndim != 3 or self.n_power_iterations is None or raw.is_complex():
+        if not self._is_plain(raw):
             return super().forward_stacked(raw, state)
         outer = state["u"].unsqueeze(-1) * state["v"].unsqueeze(-2)
         sigma = (raw * outer).sum((-2, -1), keepdim=True)
@@ -107,6 +106,17 @@ class SpectralNorm(Transform[Tensor]):
         for _ in range(self.n_power_iterations):
             u = self._direction(X @ v, u)
             v = self._direction(X.mH @ u, v)
+        return {"u": u, "v": v}
+
+    @full_precision
+    def update_stacked(self, raw: Tensor, state: State) -> State:
+        if not self._is_plain(raw):
+            return super().update_stacked(raw, state)
+        X = raw.detach()
+        u, v = state["u"], state["v"]
+        for _ in range(self.n_power_iterations or 0):
+            u = self._direction((X * v.unsqueeze(-2)).sum(-1), u)
+            v = self._direction((X * u.unsqueeze(-1)).sum(-2), v)
         return {"u": u, "v": v}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
@@ -133,17 +143,26 @@ class SpectralNorm(Transform[Tensor]):
 
     def _direction(self, vector: Tensor, last: Tensor) -> Tensor:
         """`vector` with norm 1; the last one where it is zero, from which nothing would return."""
-        norm: Tensor = linalg.vector_norm(vector)
+        norm: Tensor = linalg.vector_norm(vector, dim=-1, keepdim=True)
         return torch.where(norm > self.eps, vector / norm.clamp_min(self.eps), last)
 
     def _reciprocal(self, sigma: Tensor) -> Tensor:
-        vanishes = sigma.detach().abs() < self.eps
-        return (sigma + vanishes).reciprocal()
+        return (sigma + (sigma.abs() < self.eps)).reciprocal()
+
+    def _is_plain(self, stack: Tensor) -> bool:
+        """Whether products and sums over a stack do; on small matrices they beat its products."""
+        iterates = self.n_power_iterations is not None
+        return iterates and self.dim == 0 and stack.ndim == 3 and not stack.is_complex()
 
     def _matrix(self, tensor: Tensor) -> Tensor:
         if self.dim == 0 and tensor.ndim == 2:
             return tensor
         return tensor.movedim(self.dim, 0).flatten(1)
+
+
+def _inner(u: Tensor, x: Tensor) -> Tensor:
+    """Re(u^H x)."""
+    return torch.vdot(u, x).real if x.is_complex() else torch.dot(u, x)
 
 
 def _top_singular_vectors(X: Tensor) -> tuple[Tensor, Tensor]:
