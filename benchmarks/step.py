@@ -55,8 +55,8 @@ def setting(kind):
     holder = {"state": state}
 
     def functional():
-        holder["state"] = p.update(raw, holder["state"])
-        return call(p(raw, holder["state"]), (x,))
+        values, holder["state"] = p.advance(raw, holder["state"])
+        return call(values, (x,))
 
     return {
         "torch": stepping(theirs.parameters(), lambda: theirs(x)),

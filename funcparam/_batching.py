@@ -60,14 +60,26 @@ def plan(chosen: Sequence[Entry]) -> tuple[Group, ...]:
 
 
 def evaluate(
-    transform: AnyTransform, names: Sequence[str], raw: RawTree, state: StateTree
-) -> Sequence[Tensor]:
-    """Map raw to the values of a stacked group, in one call."""
+    transform: AnyTransform,
+    names: Sequence[str],
+    raw: RawTree,
+    state: StateTree,
+    *,
+    advance: bool = False,
+) -> tuple[Sequence[Tensor], Sequence[State]]:
+    """Map raw to the values of a stacked group in one call, and with `advance` its state first."""
     raws, states = [raw[name] for name in names], [state.get(name, _NOTHING) for name in names]
+    advance = advance and evolves(transform) and len(states[0]) > 0
     stack, own = _stack(raws), _stack(states)
     if stack is None or own is None:
-        return [transform.forward(r, s) for r, s in zip(raws, states, strict=True)]
-    return transform.forward_stacked(stack, own).unbind()
+        if advance:
+            states = list(map(transform.update, raws, states))
+        return list(map(transform.forward, raws, states)), states
+    if advance:
+        with torch.no_grad():
+            own = transform.update_stacked(stack, own)
+            states = _apart(own)
+    return transform.forward_stacked(stack, own).unbind(), states
 
 
 def update(
@@ -75,16 +87,22 @@ def update(
 ) -> Sequence[State]:
     """Advance the state of a stacked group, in one call."""
     raws, states = [raw[name] for name in names], [state[name] for name in names]
-    if type(transform).update is Transform.update:
+    if not evolves(transform):
         return states
     stack, own = _stack(raws), _stack(states)
     if stack is None or own is None:
-        return [transform.update(r, s) for r, s in zip(raws, states, strict=True)]
-    new = transform.update_stacked(stack, own)
-    return [
-        dict(zip(new, parts, strict=True))
-        for parts in zip(*(tensor.unbind() for tensor in new.values()), strict=True)
-    ]
+        return list(map(transform.update, raws, states))
+    return _apart(transform.update_stacked(stack, own))
+
+
+def evolves(transform: AnyTransform) -> bool:
+    """Whether `update` may do anything."""
+    return type(transform).update is not Transform.update
+
+
+def _apart(stack: State) -> list[State]:
+    columns = [tensor.unbind() for tensor in stack.values()]
+    return [dict(zip(stack, leaf, strict=True)) for leaf in zip(*columns, strict=True)]
 
 
 def _stack(leaves: Sequence[Any]) -> Any:

@@ -113,10 +113,9 @@ class Parametrized(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with the parametrized values."""
         raw, state = self.raw_and_state()
-        if self.training:
-            state = self._advance(raw, state)
+        values = self._advanced(raw, state) if self.training else self.parametrization(raw, state)
         buffers = self._own_buffers()
-        bound = {**buffers, **self.parametrization(raw, state)}
+        bound = {**buffers, **values}
         out = self._call(bound, args, kwargs)
         for name, old in buffers.items():
             if bound[name] is not old:  # the network put another tensor in its buffer's place
@@ -210,15 +209,16 @@ class Parametrized(nn.Module):
         """Show the network and the parametrization."""
         return f"net={self.net!r}\n{self.parametrization!r}"
 
-    def _advance(self, raw: RawTree, state: StateTree) -> StateTree:
-        """Update the state, and return tensors that a later update does not write to.
+    def _advanced(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
+        """Update the state, and return the values.
 
-        Several forwards may come before one backward, which needs the state of each.
+        Those have tensors of their own, which a later update does not write to: several forwards
+        may come before one backward, which needs the state of each.
         """
+        values, new = self.parametrization.advance(raw, state)
         with torch.no_grad():
-            new = self.parametrization.update(raw, state)
             _write(state, new)
-        return new
+        return values
 
     def _own_buffers(self) -> dict[str, Tensor]:
         return {
@@ -344,9 +344,13 @@ def _place(root: nn.Module, path: str, tensor: Tensor, *, persistent: bool = Tru
 
 def _write(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Copy what changed into the tensors of `old`."""
-    for name, tensors in new.items():
-        if isinstance(tensors, Tensor):
-            if tensors is not old[name]:
-                old[name].copy_(tensors)
+    changed: list[tuple[Tensor, Tensor]] = []
+    for name, given in new.items():
+        own = old[name]
+        if isinstance(given, Tensor):
+            changed.append((own, given))
         else:
-            _write(old[name], cast("Mapping[str, Any]", tensors))
+            changed += [(own[key], tensor) for key, tensor in given.items()]
+    changed = [(own, given) for own, given in changed if given is not own]
+    if changed:
+        torch._foreach_copy_(*map(list, zip(*changed, strict=True)))  # pyright: ignore

@@ -128,11 +128,38 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         self._check(raw, state)
         values = cast("dict[str, Tensor]", dict(raw))
         for transform, names in self._stacks:
-            found = _batching.evaluate(transform, names, raw, state)
+            found, _ = _batching.evaluate(transform, names, raw, state)
             values.update(zip(names, found, strict=True))
         for name in self._single:
             values[name] = self._transforms[name].forward(raw[name], state.get(name, _NOTHING))
         return self._build(values)
+
+    def advance(self, raw: RawTree, state: StateTree = _NOTHING) -> tuple[Params, dict[str, State]]:
+        """Take the step of [`update`][..update], and map raw to the parameters with the new state.
+
+        What a training step does, for less than the two calls cost: raw is looked at once. The
+        new state carries no gradients.
+
+        Example:
+            >>> import torch, funcparam as fp
+            >>> from funcparam.transforms import SpectralNorm
+            >>> p = fp.parametrize({"W": torch.eye(2)}, {"W": SpectralNorm()})
+            >>> raw, state = p.init({"W": torch.eye(2)})
+            >>> params, state = p.advance(raw, state)
+        """
+        self._check(raw, state)
+        values, new = cast("dict[str, Tensor]", dict(raw)), dict(state)
+        for transform, names in self._stacks:
+            found, own = _batching.evaluate(transform, names, raw, state, advance=True)
+            values.update(zip(names, found, strict=True))
+            new.update((name, s) for name, s in zip(names, own, strict=True) if s)
+        for name in self._single:
+            transform, own = self._transforms[name], state.get(name, _NOTHING)
+            if own and _batching.evolves(transform):
+                with torch.no_grad():
+                    new[name] = own = transform.update(raw[name], own)
+            values[name] = transform.forward(raw[name], own)
+        return self._build(values), new
 
     def update(self, raw: RawTree, state: StateTree) -> dict[str, State]:
         """Advance what evolves outside of training by one step, and return the new state.

@@ -1,0 +1,199 @@
+"""Up to which size stacking equal leaves pays, for every family of transforms.
+
+    python benchmarks/thresholds.py [NAME ...] [--quick] [--json FILE]
+
+Forward and backward of k equal leaves, stacked and one by one, side by side; a cell is the time one
+by one divided by the stacked time. `stacks_up_to` of a transform is the largest number of entries
+up to which no measured cell is below 1.05; the classes keep it, and this prints what it should be.
+"""
+
+import argparse
+import json
+
+import torch
+from _timing import interleaved, machine, ratio
+
+import funcparam as fp
+from funcparam import _batching
+from funcparam.transforms import (
+    AOL,
+    IA3,
+    OFT,
+    BlockDiagonal,
+    CholeskyFactor,
+    Circulant,
+    CorrelationCholesky,
+    DoRA,
+    DoublyStochastic,
+    FakeQuantize,
+    Interval,
+    Kronecker,
+    LInfLipschitz,
+    LoHa,
+    LoRA,
+    LowerBound,
+    LowRank,
+    Mask,
+    Monarch,
+    Ordered,
+    Orthogonal,
+    Positive,
+    PositiveDefinite,
+    PSDLowRank,
+    Simplex,
+    Skew,
+    SpecialOrthogonal,
+    SpectralNorm,
+    Symmetric,
+    Ternary,
+    Toeplitz,
+    Triangular,
+    UnitNorm,
+    UpperBound,
+    VeRA,
+    WeightNorm,
+    WeightStandardization,
+)
+
+
+def skew_value(n):
+    X = torch.randn(n, n)
+    return X - X.mT
+
+
+def definite(n):
+    X = torch.randn(n, n)
+    return X @ X.mT / n + torch.eye(n)
+
+
+def factor(n):
+    return torch.linalg.cholesky(definite(n))
+
+
+TRANSFORMS = {
+    "Orthogonal('matrix_exp')": (Orthogonal(), torch.eye),
+    "Orthogonal('cayley')": (Orthogonal("cayley"), torch.eye),
+    "Orthogonal('householder')": (Orthogonal("householder"), torch.eye),
+    "Orthogonal('qr')": (Orthogonal("qr"), torch.eye),
+    "Orthogonal('newton_schulz')": (Orthogonal("newton_schulz"), torch.eye),
+    "SpecialOrthogonal": (SpecialOrthogonal(), torch.eye),
+    "SpectralNorm": (SpectralNorm(), None),
+    "SpectralNorm(n_power_iterations=None)": (SpectralNorm(n_power_iterations=None), None),
+    "WeightNorm": (WeightNorm(), None),
+    "WeightNorm(dim=1)": (WeightNorm(dim=1), None),
+    "WeightStandardization": (WeightStandardization(), None),
+    "LInfLipschitz": (LInfLipschitz(), None),
+    "AOL": (AOL(), torch.eye),
+    "UnitNorm": (UnitNorm(), lambda n: torch.nn.functional.normalize(torch.randn(n, n), dim=-1)),
+    "Positive": (Positive(), lambda n: torch.rand(n, n) + 0.1),
+    "LowerBound": (LowerBound(0), lambda n: torch.rand(n, n) + 0.1),
+    "UpperBound": (UpperBound(0), lambda n: -torch.rand(n, n) - 0.1),
+    "Interval": (Interval(-1, 1), lambda n: torch.rand(n, n) - 0.5),
+    "Simplex": (Simplex(), lambda n: torch.randn(n, n).softmax(-1)),
+    "Ordered": (Ordered(), lambda n: torch.rand(n, n).add(0.1).cumsum(-1)),
+    "Symmetric": (Symmetric(), lambda n: torch.eye(n)),
+    "Skew": (Skew(), skew_value),
+    "Triangular": (Triangular(), lambda n: torch.randn(n, n).tril()),
+    "CholeskyFactor": (CholeskyFactor(), factor),
+    "PositiveDefinite": (PositiveDefinite(), definite),
+    "PSDLowRank": (PSDLowRank(2), lambda n: torch.ones(n, n)),
+    "CorrelationCholesky": (
+        CorrelationCholesky(),
+        lambda n: torch.nn.functional.normalize(factor(n), dim=-1),
+    ),
+    "DoublyStochastic": (DoublyStochastic(), lambda n: torch.full((n, n), 1 / n)),
+    "LowRank": (LowRank(2), lambda n: torch.ones(n, n)),
+    "LoRA": (LoRA(rank=4), None),
+    "DoRA": (DoRA(rank=4), None),
+    "VeRA": (VeRA(rank=4), None),
+    "LoHa": (LoHa(rank=4), None),
+    "OFT": (OFT(blocks=2), None),
+    "IA3": (IA3(), None),
+    "Mask": (Mask(), None),
+    "FakeQuantize": (FakeQuantize(8), None),
+    "Ternary": (Ternary(), None),
+    "Circulant": (Circulant(), torch.eye),
+    "Toeplitz": (Toeplitz(), torch.eye),
+    "BlockDiagonal": (BlockDiagonal(2), torch.eye),
+    "Kronecker": (Kronecker((2, 2)), torch.eye),
+    "Monarch": (Monarch(2), None),
+}
+SIZES = (8, 16, 32, 64, 128, 256)
+LEAVES = (4, 8, 32)
+
+
+def setting(name, leaves, n):
+    """Forward and backward of the stack, and of each leaf by itself."""
+    transform, make = TRANSFORMS[name]
+    torch.manual_seed(0)
+    values = {f"w{i}": torch.randn(n, n) if make is None else make(n) for i in range(leaves)}
+    p = fp.parametrize(values, {"*": transform})
+    raw, state = p.init(values)
+    flat, spec = torch.utils._pytree.tree_flatten(raw)
+    flat = [(x + 0.1 * torch.randn_like(x)).requires_grad_() for x in flat]
+    raw = torch.utils._pytree.tree_unflatten(flat, spec)
+    grads = [torch.randn(n, n) for _ in values]
+    names = tuple(p)
+
+    def one_by_one():
+        found = [transform.forward(raw[k], state.get(k, {})) for k in names]
+        torch.autograd.grad(found, flat, grads)
+
+    def stacked():
+        found, _ = _batching.evaluate(transform, names, raw, state)
+        torch.autograd.grad(found, flat, grads)
+
+    return {"one by one": one_by_one, "stacked": stacked}
+
+
+def measure(name, quick=False):
+    """One row a size and number of leaves, as dicts."""
+    rows = []
+    for n in SIZES:
+        for leaves in LEAVES:
+            times = interleaved(setting(name, leaves, n), 3 if quick else 9, 0.003 if quick else 0.01)
+            gain, low, high = ratio(times, "one by one", "stacked")
+            row = {"transform": name, "n": n, "leaves": leaves}
+            rows.append({**row, "gain": gain, "low": low, "high": high})
+    return rows
+
+
+def recommended(rows):
+    """The largest number of entries up to which no gain is below 1.05; 0 if the first is."""
+    best = 0
+    for n in SIZES:
+        if min(row["gain"] for row in rows if row["n"] == n) < 1.05:
+            break
+        best = n * n
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="transforms; all by default")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--json", help="write all figures there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine())
+    print()
+    print(f"Gains with {', '.join(map(str, LEAVES))} leaves.")
+    print()
+    print("| transform |" + "".join(f" {n} × {n} |" for n in SIZES) + " up to | kept |")
+    print("|---|" + "---|" * (len(SIZES) + 2))
+    figures = []
+    for name in arguments.names or TRANSFORMS:
+        rows = measure(name, arguments.quick)
+        cells = [
+            ", ".join(f"{row['gain']:.2g}" for row in rows if row["n"] == n) for n in SIZES
+        ]
+        kept = TRANSFORMS[name][0].stacks_up_to
+        print(f"| {name} | {' | '.join(cells)} | {recommended(rows)} | {kept} |", flush=True)
+        figures += rows
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"machine": machine(), "figures": figures}, file)
+
+
+if __name__ == "__main__":
+    main()
