@@ -151,7 +151,9 @@ def measure(name, quick=False):
     rows = []
     for n in SIZES:
         for leaves in LEAVES:
-            times = interleaved(setting(name, leaves, n), 3 if quick else 9, 0.003 if quick else 0.01)
+            times = interleaved(
+                setting(name, leaves, n), 3 if quick else 9, 0.003 if quick else 0.01
+            )
             gain, low, high = ratio(times, "one by one", "stacked")
             row = {"transform": name, "n": n, "leaves": leaves}
             rows.append({**row, "gain": gain, "low": low, "high": high})
@@ -184,9 +186,7 @@ def main():
     figures = []
     for name in arguments.names or TRANSFORMS:
         rows = measure(name, arguments.quick)
-        cells = [
-            ", ".join(f"{row['gain']:.2g}" for row in rows if row["n"] == n) for n in SIZES
-        ]
+        cells = [", ".join(f"{row['gain']:.2g}" for row in rows if row["n"] == n) for n in SIZES]
         kept = TRANSFORMS[name][0].stacks_up_to
         print(f"| {name} | {' | '.join(cells)} | {recommended(rows)} | {kept} |", flush=True)
         figures += rows

@@ -125,6 +125,27 @@ def test_update(case):
             assert (new[name][key] is tensor) == (expected[name][key] is tensor)
 
 
+def test_advance_is_update_and_evaluation(case):
+    p, raw, state = case
+    values, new = p.advance(raw, state)
+    expected = p.update(raw, state)
+    assert_close(new, expected)
+    assert_close(values, p(raw, expected))
+    for name, own in state.items():
+        for key, tensor in own.items():
+            assert (new[name][key] is tensor) == (expected[name][key] is tensor)
+
+
+def test_advance_carries_no_gradients_in_the_state(case):
+    p, raw, state = case
+    ours = grad(lambda raw: energy(p.advance(raw, state)[0]))(raw)
+    new = p.update(raw, state)
+    assert_close(ours, grad(lambda raw: energy(p(raw, new)))(raw))
+    moved = torch.utils._pytree.tree_map(lambda x: x.requires_grad_(), raw)
+    for own in p.advance(moved, state)[1].values():
+        assert not any(tensor.requires_grad for tensor in own.values())
+
+
 def stack_of(transform, count=4, shape=(4, 4), **kwargs):
     torch.manual_seed(0)
     values = {f"w{i}": torch.randn(shape, **kwargs) for i in range(count)}

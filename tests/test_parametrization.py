@@ -93,6 +93,17 @@ def test_update_advances_power_iteration_only():
     assert p.violation(p(raw, new))["4.weight"] < 1e-9
 
 
+def test_advance_is_update_and_evaluation():
+    net, p = mixed()
+    raw, state = p.init(net)
+    raw = noisy(raw)
+    values, new = p.advance(raw, state)
+    assert equal(new, p.update(raw, state))
+    assert equal(values, p(raw, new))
+    with pytest.raises(ValueError, match="missing"):
+        p.advance({}, state)
+
+
 def test_rebase_keeps_the_values_and_moves_the_base():
     net, p = mixed()
     raw, state = p.init(net)

@@ -69,6 +69,16 @@ def test_a_batch_of_all_norms_is_a_loop():
     assert_close(vmap(vmap(skew_exp))(A[None])[0], loop, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("norms", [(1.0, 1.9), (1e-4, 0.6), (1e-4, 3.0)])
+def test_members_of_a_batch_are_no_worse_than_torchs(norms):
+    A = torch.stack([skew(16, norm, torch.float32) for norm in norms])
+    for ours, a in zip(skew_exp(A), A, strict=True):
+        value, orthogonality = errors(ours, a)
+        their_value, their_orthogonality = errors(torch.linalg.matrix_exp(a), a)
+        assert value <= their_value + 4 * torch.finfo(torch.float32).eps
+        assert orthogonality <= their_orthogonality + 4 * torch.finfo(torch.float32).eps
+
+
 def test_what_has_no_norm_to_read():
     A = skew(4, 3.0, torch.float32)
     assert skew_exp(A.to("meta")).shape == (4, 4)
