@@ -181,7 +181,7 @@ def main():
     print()
     print(f"Gains with {', '.join(map(str, LEAVES))} leaves.")
     print()
-    print("| transform |" + "".join(f" {n} × {n} |" for n in SIZES) + " up to | kept |")
+    print("| transform |" + "".join(f" {n}x{n} |" for n in SIZES) + " up to | kept |")
     print("|---|" + "---|" * (len(SIZES) + 2))
     figures = []
     for name in arguments.names or TRANSFORMS:

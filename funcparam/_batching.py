@@ -18,9 +18,6 @@ _NOTHING: State = MappingProxyType({})
 
 _PLAIN = frozenset({nn.Parameter, Tensor})
 
-FEWEST = 4
-"""Leaves from which on a stack saves more than making it and taking it apart costs."""
-
 
 @dataclass(frozen=True)
 class Group:
@@ -37,12 +34,12 @@ class Group:
     @property
     def obstacle(self) -> str:
         """Why the leaves are evaluated one by one; empty if they are stacked."""
-        largest = self.transform.stacks_up_to
+        fewest, largest = self.transform.stacks_from, self.transform.stacks_up_to
         entries = prod(self.entries[0].signature.value.shape)
-        if len(self.entries) < FEWEST:
-            return f"fewer than {FEWEST}"
         if largest == 0:
             return "no gain measured"
+        if len(self.entries) < fewest:
+            return f"fewer than {fewest}"
         if entries > largest:
             return f"{entries} entries, no gain above {largest}"
         return ""

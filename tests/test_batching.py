@@ -8,11 +8,15 @@ from torch.testing import assert_close
 
 import funcparam as fp
 from funcparam.transforms import (
+    AOL,
+    DoRA,
     Interval,
     Orthogonal,
     SpecialOrthogonal,
     SpectralNorm,
+    UnitNorm,
     WeightNorm,
+    WeightStandardization,
 )
 
 TRANSFORMS = [
@@ -28,6 +32,11 @@ TRANSFORMS = [
     SpectralNorm(),
     SpectralNorm(1),
     SpectralNorm(n_power_iterations=None),
+    UnitNorm(),
+    UnitNorm(0),
+    WeightStandardization(),
+    DoRA(rank=2),
+    AOL(),
 ]
 
 
@@ -37,9 +46,10 @@ def moved(raw):
 
 @pytest.fixture(params=TRANSFORMS, ids=str)
 def case(request):
-    """A parametrization of four equal layers and another one, its raw and state."""
+    """A parametrization of as many equal layers as a stack takes and another one."""
     torch.manual_seed(0)
-    layers = [nn.Linear(4, 5) for _ in range(4)] + [nn.Linear(4, 2)]
+    count = request.param.stacks_from
+    layers = [nn.Linear(4, 5) for _ in range(count)] + [nn.Linear(4, 2)]
     net = nn.ModuleList(layers).double()
     p = fp.parametrize(net, {"*.weight": request.param})
     raw, state = p.init(net)
@@ -55,12 +65,13 @@ def energy(values):
     return sum((v * torch.arange(v.numel()).view_as(v)).sin().sum() for v in values.values())
 
 
-def test_four_are_stacked(case):
+def test_as_many_as_pay_are_stacked(case):
     p, _, _ = case
+    count = p["0.weight"].stacks_from
     table = p.plan().splitlines()
     assert len(table) == 4
-    assert "4  in one call" in table[2]
-    assert "one by one: fewer than 4" in table[3]
+    assert f"{count}  in one call" in table[2]
+    assert f"one by one: fewer than {count}" in table[3]
 
 
 def test_values_and_order(case):
@@ -146,9 +157,9 @@ def test_advance_carries_no_gradients_in_the_state(case):
         assert not any(tensor.requires_grad for tensor in own.values())
 
 
-def stack_of(transform, count=4, shape=(4, 4), **kwargs):
+def stack_of(transform, shape=(4, 4), **kwargs):
     torch.manual_seed(0)
-    values = {f"w{i}": torch.randn(shape, **kwargs) for i in range(count)}
+    values = {f"w{i}": torch.randn(shape, **kwargs) for i in range(transform.stacks_from)}
     p = fp.parametrize(values, {"*": transform})
     raw, state = p.init(values)
     return p, raw, state
@@ -169,9 +180,9 @@ def test_mixed_precision_and_devices_go_one_by_one():
     raw["w1"] = {name: tensor.double() for name, tensor in raw["w1"].items()}
     values = p(raw, state)
     expected = [torch.float32, torch.float64, torch.float32, torch.float32]
-    assert [v.dtype for v in values.values()] == expected
+    assert [v.dtype for v in values.values()][:4] == expected
     raw["w1"] = {name: tensor.to("meta") for name, tensor in raw["w1"].items()}
-    assert [v.device.type for v in p(raw, state).values()] == ["cpu", "meta", "cpu", "cpu"]
+    assert [v.device.type for v in p(raw, state).values()][:4] == ["cpu", "meta", "cpu", "cpu"]
 
 
 class Tagged(torch.Tensor):
@@ -206,6 +217,17 @@ def test_batches_of_matrices_and_empty_ones():
         assert p(raw, state)["w1"].shape == (0, 4, 3)
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_kernels_of_convolutions(dim):
+    for transform in (SpectralNorm(dim, n_power_iterations=2), WeightNorm(dim)):
+        p, raw, state = stack_of(transform, shape=(3, 2, 2, 2))
+        assert "in one call" in p.plan()
+        raw = moved(raw)
+        assert_close(p(raw, state), one_by_one(p, raw, state))
+        new = {name: p[name].update(raw[name], own) for name, own in state.items()}
+        assert_close(p.update(raw, state), new)
+
+
 def test_a_group_of_very_different_norms():
     p, raw, state = stack_of(Orthogonal())
     steps = {"w0": 1e-6, "w1": 300.0, "w2": 1.0, "w3": 10.0}
@@ -234,18 +256,19 @@ def test_ties_are_one_leaf_of_a_stack():
     net = nn.ModuleList(nn.Linear(3, 3) for _ in range(5))
     net[2].weight = net[0].weight
     p = fp.parametrize(net, {"*.weight": SpecialOrthogonal("cayley")})
-    q = fp.parametrize(net, {"*.weight": Orthogonal("cayley")})
-    assert "4  in one call" in q.plan()
-    raw, state = q.init(net)
-    values = q(moved(raw), state)
+    assert "4  in one call" in p.plan()
+    raw, state = p.init(net)
+    raw = moved(raw)
+    values = p(raw, state)
     assert values["0.weight"] is values["2.weight"]
-    assert len(p.plan().splitlines()) == 3
+    assert_close({name: values[name] for name in raw}, one_by_one(p, raw, state))
 
 
 def test_a_network_trains_on_stacked_weights():
     torch.manual_seed(0)
-    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]).double()
+    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(16)]).double()
     p = fp.parametrize(net, {"*.weight": WeightNorm()})
+    assert "16  in one call" in p.plan()
     model = fp.Parametrized(net, p)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(8, 4).double()

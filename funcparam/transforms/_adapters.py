@@ -61,6 +61,8 @@ class DoRA(Transform[Mapping[str, Tensor]]):
     """
 
     is_adapter: ClassVar[bool] = True
+    stacks_up_to: ClassVar[int] = 64 * 64
+    stacks_from: ClassVar[int] = 8
 
     rank: int
     alpha: float | None = None

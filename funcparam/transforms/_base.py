@@ -58,6 +58,9 @@ class Transform(ABC, Generic[R]):
     """Entries of a value up to which equal leaves were measured to be evaluated faster as one stack
     than one by one, forward and backward."""
 
+    stacks_from: ClassVar[int] = 4
+    """Leaves from which on they are: a stack has to be made and taken apart."""
+
     @abstractmethod
     def forward(self, raw: R, state: State) -> Tensor:
         """Map raw to the value."""

@@ -48,6 +48,7 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
     """
 
     stacks_up_to: ClassVar[int] = 32 * 32
+    stacks_from: ClassVar[int] = 16
 
     dim: int | None = 0
 
@@ -66,11 +67,11 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
         return direction * (magnitude / self._norm(direction))
 
     def forward_stacked(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        direction = raw["direction"]
+        magnitude, direction = raw["magnitude"], raw["direction"]
         if self.dim == 0 and direction.ndim > 2:  # rows are independent of each other
             rows = {name: tensor.flatten(0, 1) for name, tensor in raw.items()}
             return self.forward(rows, state).view_as(direction)
-        return super().forward_stacked(raw, state)
+        return direction * (magnitude / self._norm(direction, stacked=1))
 
     @full_precision
     def right_inverse(
@@ -90,10 +91,11 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
         if self.dim is not None:
             expect_dim(self, value, self.dim)
 
-    def _norm(self, tensor: Tensor) -> Tensor:
-        ndim = tensor.ndim
-        kept = ndim if self.dim is None else self.dim % ndim
-        others = [*range(kept), *range(kept + 1, ndim)]
+    def _norm(self, tensor: Tensor, stacked: int = 0) -> Tensor:
+        """The norm over all dimensions but `dim` and the first ones, of a stack."""
+        own = tensor.ndim - stacked
+        kept = own if self.dim is None else self.dim % own
+        others = [stacked + i for i in range(own) if i != kept]
         if not others:  # vector_norm takes an empty dim for all dimensions
             return tensor.abs()
         norm: Tensor = linalg.vector_norm(tensor, dim=others, keepdim=True)

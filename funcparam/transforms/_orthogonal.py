@@ -177,6 +177,8 @@ class SpecialOrthogonal(Transform[Tensor]):
     Source: as `Orthogonal`.
     """
 
+    stacks_up_to: ClassVar[int] = 64 * 64
+
     map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
 
     def __post_init__(self) -> None:
@@ -184,6 +186,9 @@ class SpecialOrthogonal(Transform[Tensor]):
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
         return Orthogonal(self.map).forward(raw, state)
+
+    def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
+        return self.forward(raw, state)
 
     @full_precision
     def right_inverse(

@@ -82,11 +82,11 @@ class SpectralNorm(Transform[Tensor]):
 
     @full_precision
     def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
-        if not self._is_plain(raw):
+        if not self._sums_do(raw):
             return super().forward_stacked(raw, state)
         outer = state["u"].unsqueeze(-1) * state["v"].unsqueeze(-2)
-        sigma = (raw * outer).sum((-2, -1), keepdim=True)
-        return raw * self._reciprocal(sigma)
+        sigma = (self._matrices(raw) * outer).sum((-2, -1))
+        return raw * self._reciprocal(sigma).reshape(-1, *[1] * (raw.ndim - 1))
 
     @full_precision
     def right_inverse(
@@ -110,9 +110,9 @@ class SpectralNorm(Transform[Tensor]):
 
     @full_precision
     def update_stacked(self, raw: Tensor, state: State) -> State:
-        if not self._is_plain(raw):
+        if not self._sums_do(raw):
             return super().update_stacked(raw, state)
-        X = raw.detach()
+        X = self._matrices(raw.detach())
         u, v = state["u"], state["v"]
         for _ in range(self.n_power_iterations or 0):
             u = self._direction((X * v.unsqueeze(-2)).sum(-1), u)
@@ -149,10 +149,12 @@ class SpectralNorm(Transform[Tensor]):
     def _reciprocal(self, sigma: Tensor) -> Tensor:
         return (sigma + (sigma.abs() < self.eps)).reciprocal()
 
-    def _is_plain(self, stack: Tensor) -> bool:
-        """Whether products and sums over a stack do; on small matrices they beat its products."""
-        iterates = self.n_power_iterations is not None
-        return iterates and self.dim == 0 and stack.ndim == 3 and not stack.is_complex()
+    def _sums_do(self, stack: Tensor) -> bool:
+        """Whether a stack is served by products of entries and sums; they beat small matmuls."""
+        return self.n_power_iterations is not None and stack.ndim > 2 and not stack.is_complex()
+
+    def _matrices(self, stack: Tensor) -> Tensor:
+        return stack.movedim(self.dim % (stack.ndim - 1) + 1, 1).flatten(2)
 
     def _matrix(self, tensor: Tensor) -> Tensor:
         if self.dim == 0 and tensor.ndim == 2:

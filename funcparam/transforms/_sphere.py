@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class UnitNorm(Transform[Tensor]):
     section 4.1 (the projective retraction of the sphere).
     """
 
+    stacks_up_to: ClassVar[int] = 64 * 64
+    stacks_from: ClassVar[int] = 8
+
     dim: int = -1
 
     def __post_init__(self) -> None:
@@ -52,6 +55,9 @@ class UnitNorm(Transform[Tensor]):
         X = raw / torch.where(scale == 0, 1, scale)
         norm: Tensor = linalg.vector_norm(X, dim=self.dim, keepdim=True)
         return X / norm.clamp_min(0.5)  # at least 1, but of a zero vector
+
+    def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
+        return self.forward(raw, state) if self.dim < 0 else super().forward_stacked(raw, state)
 
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None

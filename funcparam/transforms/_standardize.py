@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class WeightStandardization(Transform[Tensor]):
     Source: Qiao et al., Micro-batch training with batch-channel normalization and weight
     standardization, arXiv 1903.10520, equations 8 and 9.
     """
+
+    stacks_up_to: ClassVar[int] = 64 * 64
+    stacks_from: ClassVar[int] = 8
 
     dim: int = 0
     eps: float = 1e-5
