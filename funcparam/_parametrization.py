@@ -29,7 +29,7 @@ from funcparam._table import Table, Tabular
 from funcparam._tree import Leaf, Structure, flatten
 from funcparam.transforms._base import AnyTransform, Raw, State
 from funcparam.transforms._precision import autocast_off
-from funcparam.transforms._signature import TensorSpec, signature
+from funcparam.transforms._signature import signature
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

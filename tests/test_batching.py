@@ -68,7 +68,7 @@ def energy(values):
 def test_as_many_as_pay_are_stacked(case):
     p, _, _ = case
     count = p["0.weight"].stacks_from
-    table = p.plan().splitlines()
+    table = str(p.plan()).splitlines()
     assert len(table) == 4
     assert f"{count}  in one call" in table[2]
     assert f"one by one: fewer than {count}" in table[3]
@@ -221,7 +221,7 @@ def test_batches_of_matrices_and_empty_ones():
 def test_kernels_of_convolutions(dim):
     for transform in (SpectralNorm(dim, n_power_iterations=2), WeightNorm(dim)):
         p, raw, state = stack_of(transform, shape=(3, 2, 2, 2))
-        assert "in one call" in p.plan()
+        assert "in one call" in str(p.plan())
         raw = moved(raw)
         assert_close(p(raw, state), one_by_one(p, raw, state))
         new = {name: p[name].update(raw[name], own) for name, own in state.items()}
@@ -239,24 +239,24 @@ def test_what_is_not_stacked_and_why():
     layers = [nn.Linear(3, 3) for _ in range(4)] + [nn.Linear(300, 300) for _ in range(4)]
     net = nn.ModuleList(layers)
     rules = {"*.weight": Orthogonal(), "*.bias": Interval(-1, 1)}
-    table = fp.parametrize(net, rules).plan()
+    table = str(fp.parametrize(net, rules).plan())
     assert "in one call" in table
     assert "one by one: 90000 entries, no gain above 4096" in table
     assert "one by one: no gain measured" in table
-    assert fp.parametrize(net, {}).plan().splitlines()[0].startswith("transform")
+    assert str(fp.parametrize(net, {}).plan()).splitlines()[0].startswith("transform")
 
 
 def test_different_settings_are_different_groups():
     net = nn.ModuleList(nn.Linear(3, 3) for _ in range(8))
     rules = [("[0-3].weight", Orthogonal()), ("*.weight", Orthogonal("cayley"))]
-    assert fp.parametrize(net, rules).plan().count("4  in one call") == 2
+    assert str(fp.parametrize(net, rules).plan()).count("4  in one call") == 2
 
 
 def test_ties_are_one_leaf_of_a_stack():
     net = nn.ModuleList(nn.Linear(3, 3) for _ in range(5))
     net[2].weight = net[0].weight
     p = fp.parametrize(net, {"*.weight": SpecialOrthogonal("cayley")})
-    assert "4  in one call" in p.plan()
+    assert "4  in one call" in str(p.plan())
     raw, state = p.init(net)
     raw = moved(raw)
     values = p(raw, state)
@@ -268,7 +268,7 @@ def test_a_network_trains_on_stacked_weights():
     torch.manual_seed(0)
     net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(16)]).double()
     p = fp.parametrize(net, {"*.weight": WeightNorm()})
-    assert "16  in one call" in p.plan()
+    assert "16  in one call" in str(p.plan())
     model = fp.Parametrized(net, p)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(8, 4).double()
