@@ -14,7 +14,7 @@ import torch
 from _timing import interleaved, machine, ratio
 
 import funcparam as fp
-from funcparam import _batching
+from funcparam._batching import Plan
 from funcparam.transforms import (
     AOL,
     IA3,
@@ -134,14 +134,15 @@ def setting(name, leaves, n):
     raw = torch.utils._pytree.tree_unflatten(flat, spec)
     grads = [torch.randn(n, n) for _ in values]
     names = tuple(p)
+    plan = Plan(p.entries)
+    plan._stacks, plan._single = [(transform, names)], []  # at any size
 
     def one_by_one():
         found = [transform.forward(raw[k], state.get(k, {})) for k in names]
         torch.autograd.grad(found, flat, grads)
 
     def stacked():
-        found, _ = _batching.evaluate(transform, names, raw, state)
-        torch.autograd.grad(found, flat, grads)
+        torch.autograd.grad(list(plan.evaluate(raw, state).values()), flat, grads)
 
     return {"one by one": one_by_one, "stacked": stacked}
 

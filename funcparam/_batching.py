@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -45,18 +45,61 @@ class Group:
         return ""
 
 
-def plan(chosen: Sequence[Entry]) -> tuple[Group, ...]:
-    """Group the leaves that can be evaluated together, in the order of their first ones."""
-    groups: dict[Any, list[Entry]] = {}
-    for entry in chosen:
-        groups.setdefault((entry.transform, entry.signature), []).append(entry)
-    return tuple(
-        Group(cast("AnyTransform", entries[0].transform), tuple(entries))
-        for entries in groups.values()
-    )
+@final
+class Plan:
+    """How the transforms of a parametrization are evaluated: in stacks, or by themselves."""
+
+    def __init__(self, chosen: Sequence[Entry]) -> None:
+        alike: dict[Any, list[Entry]] = {}
+        for entry in chosen:
+            alike.setdefault((entry.transform, entry.signature), []).append(entry)
+        self.groups = tuple(
+            Group(cast("AnyTransform", entries[0].transform), tuple(entries))
+            for entries in alike.values()
+        )
+        stacks = [group for group in self.groups if not group.obstacle]
+        single = [group for group in self.groups if group.obstacle]
+        self._stacks = [(group.transform, group.names) for group in stacks]
+        self._single = [(group.transform, name) for group in single for name in group.names]
+
+    def evaluate(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
+        """Map raw to values; what no transform has passes through."""
+        values = cast("dict[str, Tensor]", dict(raw))
+        for transform, names in self._stacks:
+            found, _ = _evaluate(transform, names, raw, state)
+            values.update(zip(names, found, strict=True))
+        for transform, name in self._single:
+            values[name] = transform.forward(raw[name], state.get(name, _NOTHING))
+        return values
+
+    def advance(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Tensor], dict[str, State]]:
+        """Update the state without gradients, and evaluate with the new one."""
+        values, new = cast("dict[str, Tensor]", dict(raw)), dict(state)
+        for transform, names in self._stacks:
+            found, own = _evaluate(transform, names, raw, state, advance=True)
+            values.update(zip(names, found, strict=True))
+            new.update((name, s) for name, s in zip(names, own, strict=True) if s)
+        for transform, name in self._single:
+            own = state.get(name, _NOTHING)
+            if own and _evolves(transform):
+                with torch.no_grad():
+                    new[name] = own = transform.update(raw[name], own)
+            values[name] = transform.forward(raw[name], own)
+        return values, new
+
+    def update(self, raw: RawTree, state: StateTree) -> dict[str, State]:
+        """Advance what evolves."""
+        new = dict(state)
+        for transform, names in self._stacks:
+            if names[0] in state and _evolves(transform):
+                new.update(zip(names, _update(transform, names, raw, state), strict=True))
+        for transform, name in self._single:
+            if name in state:
+                new[name] = transform.update(raw[name], state[name])
+        return new
 
 
-def evaluate(
+def _evaluate(
     transform: AnyTransform,
     names: Sequence[str],
     raw: RawTree,
@@ -66,11 +109,12 @@ def evaluate(
 ) -> tuple[Sequence[Tensor], Sequence[State]]:
     """Map raw to the values of a stacked group in one call, and with `advance` its state first."""
     raws, states = [raw[name] for name in names], [state.get(name, _NOTHING) for name in names]
-    advance = advance and evolves(transform) and len(states[0]) > 0
+    advance = advance and _evolves(transform) and len(states[0]) > 0
     stack, own = _stack(raws), _stack(states)
     if stack is None or own is None:
         if advance:
-            states = list(map(transform.update, raws, states))
+            with torch.no_grad():
+                states = list(map(transform.update, raws, states))
         return list(map(transform.forward, raws, states)), states
     if advance:
         with torch.no_grad():
@@ -79,20 +123,18 @@ def evaluate(
     return transform.forward_stacked(stack, own).unbind(), states
 
 
-def update(
+def _update(
     transform: AnyTransform, names: Sequence[str], raw: RawTree, state: StateTree
 ) -> Sequence[State]:
     """Advance the state of a stacked group, in one call."""
     raws, states = [raw[name] for name in names], [state[name] for name in names]
-    if not evolves(transform):
-        return states
     stack, own = _stack(raws), _stack(states)
     if stack is None or own is None:
         return list(map(transform.update, raws, states))
     return _apart(transform.update_stacked(stack, own))
 
 
-def evolves(transform: AnyTransform) -> bool:
+def _evolves(transform: AnyTransform) -> bool:
     """Whether `update` may do anything."""
     return type(transform).update is not Transform.update
 

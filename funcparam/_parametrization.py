@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from funcparam import _batching
+from funcparam._batching import Plan
 from funcparam._boundary import (
     Entry,
     Expected,
@@ -74,23 +74,15 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     _transforms: dict[str, AnyTransform] = field(init=False, compare=False)
     _aliases: dict[str, str] = field(init=False, compare=False)
     _expected: Expected = field(init=False, compare=False)
-    _groups: tuple[_batching.Group, ...] = field(init=False, compare=False)
-    _stacks: list[tuple[AnyTransform, tuple[str, ...]]] = field(init=False, compare=False)
-    _single: list[str] = field(init=False, compare=False)
+    _plan: Plan = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        chosen = {e.name: e.transform for e in self.entries if e.transform is not None}
+        chosen = [entry for entry in self.entries if entry.transform is not None]
         derived: dict[str, Any] = {
-            "_transforms": chosen,
+            "_transforms": {entry.name: entry.transform for entry in chosen},
             "_aliases": {alias: e.name for e in self.entries for alias in e.names[1:]},
             "_expected": Expected(self.entries),
-        }
-        found = _batching.plan([e for e in self.entries if e.transform is not None])
-        stacks = [group for group in found if not group.obstacle]
-        derived |= {
-            "_groups": found,
-            "_stacks": [(group.transform, group.names) for group in stacks],
-            "_single": [n for group in found if group.obstacle for n in group.names],
+            "_plan": Plan(chosen),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -126,13 +118,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
                 not what `init` returns. Nothing was computed.
         """
         self._check(raw, state)
-        values = cast("dict[str, Tensor]", dict(raw))
-        for transform, names in self._stacks:
-            found, _ = _batching.evaluate(transform, names, raw, state)
-            values.update(zip(names, found, strict=True))
-        for name in self._single:
-            values[name] = self._transforms[name].forward(raw[name], state.get(name, _NOTHING))
-        return self._build(values)
+        return self._build(self._plan.evaluate(raw, state))
 
     def advance(self, raw: RawTree, state: StateTree = _NOTHING) -> tuple[Params, dict[str, State]]:
         """Take the step of [`update`][..update], and map raw to the parameters with the new state.
@@ -148,17 +134,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             >>> params, state = p.advance(raw, state)
         """
         self._check(raw, state)
-        values, new = cast("dict[str, Tensor]", dict(raw)), dict(state)
-        for transform, names in self._stacks:
-            found, own = _batching.evaluate(transform, names, raw, state, advance=True)
-            values.update(zip(names, found, strict=True))
-            new.update((name, s) for name, s in zip(names, own, strict=True) if s)
-        for name in self._single:
-            transform, own = self._transforms[name], state.get(name, _NOTHING)
-            if own and _batching.evolves(transform):
-                with torch.no_grad():
-                    new[name] = own = transform.update(raw[name], own)
-            values[name] = transform.forward(raw[name], own)
+        values, new = self._plan.advance(raw, state)
         return self._build(values), new
 
     def update(self, raw: RawTree, state: StateTree) -> dict[str, State]:
@@ -168,15 +144,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         same tensor in the result.
         """
         self._check(raw, state)
-        new = dict(state)
-        for transform, names in self._stacks:
-            if names[0] in state:
-                found = _batching.update(transform, names, raw, state)
-                new.update(zip(names, found, strict=True))
-        for name in self._single:
-            if name in state:
-                new[name] = self._transforms[name].update(raw[name], state[name])
-        return new
+        return self._plan.update(raw, state)
 
     def rebase(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Raw], dict[str, State]]:
         """Move base points to the current values, which stay as they are.
@@ -320,7 +288,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         Leaves with equal transforms, shapes and dtypes are stacked, mapped once and taken apart
         where that was measured to be faster; values and gradients are the same to rounding.
         """
-        return groups(self._groups)
+        return groups(self._plan.groups)
 
     def _chosen_values(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
         """The values that have a transform."""

@@ -8,7 +8,6 @@ from torch.testing import assert_close
 
 import funcparam as fp
 from funcparam.transforms import (
-    AOL,
     DoRA,
     Interval,
     Orthogonal,
@@ -36,7 +35,6 @@ TRANSFORMS = [
     UnitNorm(0),
     WeightStandardization(),
     DoRA(rank=2),
-    AOL(),
 ]
 
 
