@@ -2,14 +2,13 @@
 
     python benchmarks/run.py [--quick] [--only NAME ...] [--out DIRECTORY]
 
-Writes a table of each benchmark, `figures.json` with every round of every candidate, and a picture of
-the ratios. One thread. --quick takes fewer cases and rounds, and less than three minutes.
+Writes a table of each benchmark, `figures.json` with every round of every candidate, and a picture
+of the ratios. One thread. --quick takes fewer cases and rounds, and less than three minutes.
 """
 
 import argparse
 import json
 import platform
-import statistics
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
