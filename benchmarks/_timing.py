@@ -8,8 +8,10 @@ import torch
 
 
 def once(function, repeats):
-    """Seconds a call, over `repeats` calls; of the thread where there is one, which other
-    processes take less from."""
+    """Seconds a call, over `repeats` calls.
+
+    Of one thread its processor time, of which other programs take less.
+    """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     for _ in range(repeats):

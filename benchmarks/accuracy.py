@@ -6,9 +6,13 @@ The error of the value is measured against the eigendecomposition in double prec
 orthogonality is the largest entry of Q'Q - I. Prints a Markdown table.
 """
 
+from itertools import product
+
 import torch
 
 from funcparam.transforms import Orthogonal
+
+NORMS = (1e-3, 0.1, 1, 10, 100, 1000, 10000)
 
 
 def skew(n, norm, dtype):
@@ -27,23 +31,37 @@ def errors(Q, expected):
     Q = Q.double()
     value = (Q - expected).abs().max().item()
     orthogonality = (Q.mT @ Q - torch.eye(len(Q), dtype=Q.dtype)).abs().max().item()
-    return f"{value:.0e} | {orthogonality:.0e}"
+    return value, orthogonality
 
 
-def main():
-    print("| dtype | n | norm of A | PyTorch: value | Q'Q - I | funcparam: value | Q'Q - I |")
-    print("|---|---|---|---|---|---|---|")
+def measure():
+    """Errors of the value and of orthogonality, of both sides."""
     transform = Orthogonal(trivialize=False)
-    for dtype in (torch.float32, torch.float64):
-        for n in (16, 128):
-            for norm in (1e-3, 0.1, 1, 10, 100, 1000, 10000):
-                A = skew(n, norm, dtype)
-                expected = exact(A)
-                theirs = errors(torch.linalg.matrix_exp(A), expected)
-                ours = errors(transform.forward(A.tril(), {}), expected)
-                name = str(dtype).removeprefix("torch.")
-                print(f"| {name} | {n} | {norm:g} | {theirs} | {ours} |")
+    for dtype, n, norm in product((torch.float32, torch.float64), (16, 128), NORMS):
+        A = skew(n, norm, dtype)
+        expected = exact(A)
+        theirs = errors(torch.linalg.matrix_exp(A), expected)
+        ours = errors(transform.forward(A.tril(), {}), expected)
+        yield {
+            "dtype": str(dtype).removeprefix("torch."),
+            "n": n,
+            "norm": norm,
+            "errors": theirs + ours,
+        }
+
+
+def report(*, quick=False):
+    """All figures, and their table; it is quick anyway."""
+    rows = list(measure())
+    lines = [
+        "| dtype | n | norm of A | PyTorch: value | Q'Q - I | funcparam: value | Q'Q - I |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        found = " | ".join(f"{error:.0e}" for error in row["errors"])
+        lines.append(f"| {row['dtype']} | {row['n']} | {row['norm']:g} | {found} |")
+    return rows, "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    print(report()[1])

@@ -27,7 +27,7 @@ def matrix_exp(raw, state):
     doublings = 0
     while norm > 0.82 * 2**doublings:
         doublings += 1
-    power = _taylor(A * 2.0**-doublings)
+    power = _taylor(A, A @ A, 2.0**-doublings)
     for _ in range(doublings):
         power = power @ power
     return _based(_nearest_orthogonal(power) if doublings else power, state)

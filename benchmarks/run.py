@@ -21,8 +21,8 @@ from _timing import ratio
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-TIMED = "maps", "step", "ensemble", "maml", "binding", "evaluation", "compat", "compiled"
-COUNTED = "memory", "accuracy"
+TIMED = "maps", "step", "ensemble", "maml", "binding", "evaluation", "compat"
+WHOLE = "memory", "compiled", "accuracy"
 PEERS = "torch", "geotorch", "higher", "torchopt", "tensordict"
 
 
@@ -75,7 +75,7 @@ def gains(name, figures, pairs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--only", nargs="*", default=[*TIMED, *COUNTED], help="some benchmarks")
+    parser.add_argument("--only", nargs="*", default=[*TIMED, *WHOLE], help="some benchmarks")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="where everything goes")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def main():
     print(f"{conditions()}\n")
     everything, ratios = {"conditions": conditions()}, []
     for name in arguments.only:
-        if name in COUNTED:
+        if name in WHOLE:
             figures, shown = import_module(name).report(quick=arguments.quick)
         else:
             figures, shown, pairs = timed(name, quick=arguments.quick)

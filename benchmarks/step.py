@@ -1,20 +1,27 @@
 """One training step of an MLP of 8 Linear(64, 64): funcparam beside PyTorch's module.
 
-    python benchmarks/step.py
+    python benchmarks/step.py [--quick]
 
-Forward, backward and SGD on a batch of 32. The ratio is PyTorch's time divided by funcparam's.
-"shell" trains `fp.Parametrized`; "functional" calls the network by a prepared functional call.
+Forward, backward and SGD on a batch of 32. "shell" trains `fp.Parametrized`; "functional" calls the
+network by a prepared functional call; "by hand" is the bound: the mathematics written out for one
+stack, and the values put into the layers' tables without a look.
 """
 
-import statistics
-
+import by_hand
 import torch
-from _timing import interleaved, machine, ratio
+from _report import Comparison, main
 from maps import KINDS
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import funcparam as fp
+
+RATIOS = [
+    ("PyTorch", "shell"),
+    ("PyTorch", "functional"),
+    ("shell", "by hand"),
+    ("functional", "by hand"),
+]
 
 
 def mlp():
@@ -58,30 +65,32 @@ def setting(kind):
         values, holder["state"] = p.advance(raw, holder["state"])
         return call(values, (x,))
 
+    hand = by_hand.MAPS[kind]
+    leaves, owns = [raw[name] for name in p], [dict(state.get(name, {})) for name in p]
+    places = [net.get_submodule(name.rpartition(".")[0])._parameters for name in p]
+
+    def bound():
+        before = [place["weight"] for place in places]
+        for place, value in zip(places, hand(leaves, owns), strict=True):
+            place["weight"] = value
+        out = net(x)
+        for place, old in zip(places, before, strict=True):
+            place["weight"] = old
+        return out
+
+    biases = [place["bias"] for place in places]
     return {
-        "torch": stepping(theirs.parameters(), lambda: theirs(x)),
+        "PyTorch": stepping(theirs.parameters(), lambda: theirs(x)),
         "shell": stepping(shell.parameters(), lambda: shell(x)),
         "functional": stepping(tree_leaves(raw), functional),
+        "by hand": stepping([*tree_leaves(leaves), *biases], bound),
     }
 
 
-def main():
-    torch.set_num_threads(1)
-    print(machine())
-    print()
-    print("| map | PyTorch, ms | shell, ms | ratio | functional, ms | ratio |")
-    print("|---|---|---|---|---|---|")
+def comparisons(*, quick=False):
     for kind in KINDS:
-        times = interleaved(setting(kind))
-        middle = {name: statistics.median(found) * 1e3 for name, found in times.items()}
-        gains = {name: ratio(times, "torch", name) for name in ("shell", "functional")}
-        shown = {k: f"{a:.2f} ({b:.2f} to {c:.2f})" for k, (a, b, c) in gains.items()}
-        print(
-            f"| {kind} | {middle['torch']:.2f} | {middle['shell']:.2f} | {shown['shell']}"
-            f" | {middle['functional']:.2f} | {shown['functional']} |",
-            flush=True,
-        )
+        yield Comparison({"map": kind}, setting(kind))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, comparisons, RATIOS)
