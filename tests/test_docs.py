@@ -60,10 +60,12 @@ def test_every_public_name_is_documented():
         *(f"transforms.{name}" for name in fp.transforms.__all__),
         *(f"checkpoint.{name}" for name in fp.checkpoint.__all__),
         *(f"compat.{name}" for name in compat.__all__),
+        *(f"compat.hooks.{name}" for name in compat.hooks.__all__),
         *(f"compat.parametrize.{name}" for name in compat.parametrize.__all__),
         *(f"compat.parametrizations.{name}" for name in compat.parametrizations.__all__),
     }
-    modules = {"transforms", "checkpoint", "compat.parametrize", "compat.parametrizations"}
+    modules = {"transforms", "checkpoint"}
+    modules |= {"compat.hooks", "compat.parametrize", "compat.parametrizations"}
     other_names = {"Transform", "transforms.transform"}  # each is documented under one of its two
     assert sorted(documented) == sorted(public - modules - other_names)
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch.nn.utils.parametrizations
 import torch.nn.utils.parametrize
 
-from funcparam.compat import parametrizations, parametrize
+from funcparam.compat import hooks, parametrizations, parametrize
 
 _ORIGINALS = types.SimpleNamespace(depth=0, pairs=())
 
 
 def install() -> None:
-    """Let torch's own `parametrize` and `parametrizations` be funcparam's.
+    """Let torch's own `parametrize`, `parametrizations` and older hooks be funcparam's.
 
-    The names in torch's two modules, and wherever torch has imported them, are redirected.
+    The names in torch's modules, and wherever torch has imported them, are redirected.
     Modules that torch parametrized before go on working. Calls nest: as many
     [`uninstall`][funcparam.compat.uninstall] undo them.
 
@@ -61,12 +61,13 @@ def installed() -> Generator[None]:
 
 
 def _pairs() -> Iterator[tuple[str, Any, Any]]:
-    """Name, torch's object and ours, of all that the two modules offer."""
+    """Name, torch's object and ours, of all that the modules offer."""
     for theirs, ours in (
         (torch.nn.utils.parametrize, parametrize),
         (torch.nn.utils.parametrizations, parametrizations),
+        (torch.nn.utils, hooks),
     ):
-        for name in theirs.__all__:
+        for name in ours.__all__:
             yield name, getattr(theirs, name), getattr(ours, name)
 
 
