@@ -30,3 +30,23 @@ def test_maml(tmp_path):
     for label in ("plain", "weight norm", "LSTM, weight norm"):
         errors = re.search(rf"^{label} +([\d. ]+) {{3}}", out, re.MULTILINE)[1].split()
         assert float(errors[5]) < float(errors[0])
+
+
+def test_legacy_vocoder(tmp_path):
+    picture = tmp_path / "vocoder.png"
+    command = [sys.executable, ROOT / "examples" / "legacy_vocoder.py", "--quick", "--out", picture]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "<All keys matched successfully>" in out
+    assert "deepcopy: torch's hooks raise RuntimeError, here works" in out
+    differences = re.findall(r"outputs differ by (\S+)", out)
+    assert len(differences) == 3
+    assert all(float(difference) < 1e-5 for difference in differences)
+    assert float(re.search(r"losses differ by ([\d.e+-]+)", out)[1]) < 1e-3
+    assert float(re.search(r"move by (\S+)", out)[1]) == 0
+    errors = {
+        label: float(re.search(rf"^{label} +\d+ +(\S+)", out, re.MULTILINE)[1])
+        for label in ("old checkpoint", "trained on", "moving average of it")
+    }
+    assert errors["trained on"] < errors["old checkpoint"]
+    assert errors["moving average of it"] < errors["old checkpoint"]
