@@ -19,6 +19,7 @@ from funcparam.transforms import (
     IA3,
     OFT,
     Affine,
+    AlmostOrthogonal,
     BlockDiagonal,
     Cat,
     Chain,
@@ -28,9 +29,12 @@ from funcparam.transforms import (
     DoRA,
     DoublyStochastic,
     FakeQuantize,
+    FixedRank,
     Frozen,
+    Grassmann,
     Identity,
     Interval,
+    Invertible,
     Kronecker,
     LInfLipschitz,
     LoHa,
@@ -49,16 +53,19 @@ from funcparam.transforms import (
     Reshape,
     Simplex,
     Skew,
+    SpecialLinear,
     SpecialOrthogonal,
     SpectralNorm,
     StableDiagonal,
     Stack,
+    Stiefel,
     Symmetric,
     Ternary,
     Toeplitz,
     Transform,
     Transpose,
     Triangular,
+    Unitary,
     UnitNorm,
     UpperBound,
     VeRA,
@@ -124,6 +131,34 @@ def _rotation(m):
     q = _q_factor(m)
     q[:, -1] *= np.linalg.det(q)
     return q
+
+
+def _complex(x: Tensor) -> Tensor:
+    return x if x.is_complex() else torch.complex(x, x.flip(-1))
+
+
+def _unit_determinant(m):
+    """The last column over the determinant's sign, and all by the root of its size."""
+    sign, size = np.linalg.slogdet(m)
+    m[:, -1] /= sign
+    return m * np.exp(-size / len(m))
+
+
+def _singular_values(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(m):
+        u, s, vh = scipy.linalg.svd(m, full_matrices=False)
+        return (u * function(s)) @ vh
+
+    return apply
+
+
+def _well_inside(radius: float) -> Callable[[Any], Any]:
+    """Of singular values, those further than `radius` from 1, to 0.99 of it."""
+
+    def apply(s):
+        return np.where(abs(s - 1) > radius, 1 + 0.99 * radius * np.sign(s - 1), s)
+
+    return apply
 
 
 def _unit_spectral_norm(m):
@@ -348,6 +383,39 @@ CASES = [
         Case(SpecialOrthogonal(map), SQUARE, _numpy(_rotation), _numpy(_rotation))
         for map in ("matrix_exp", "cayley", "householder")
     ),
+    *(
+        Case(
+            Unitary(map),
+            SQUARE,
+            lambda x: _numpy(_q_factor)(_complex(x)),
+            _numpy(_q_factor),
+            complex=True,
+        )
+        for map in ("matrix_exp", "cayley")
+    ),
+    Case(Stiefel(), MATRICES, _numpy(_q_factor), _numpy(_q_factor), complex=True),
+    Case(
+        Grassmann(),
+        ((5, 3), (3, 5), (2, 4, 3), (2, 1), (1, 3)),
+        _numpy(_q_factor),
+        _numpy(_q_factor),
+        complex=True,
+    ),
+    Case(
+        AlmostOrthogonal(0.3),
+        MATRICES,
+        _numpy(_singular_values(lambda s: 1 + 0.25 * np.sin(3 * s))),
+        _numpy(_singular_values(_well_inside(0.3))),
+        complex=True,
+    ),
+    Case(Invertible(), SQUARE, complex=True, log_det=lambda x: x),
+    Case(
+        SpecialLinear(),
+        SQUARE,
+        _numpy(_unit_determinant),
+        _numpy(_unit_determinant),
+        complex=True,
+    ),
     Case(WeightNorm(), ((4, 3), (5,), (2, 3, 2, 2), (1, 1))),
     Case(WeightNorm(dim=-1), ((4, 3), (2, 3, 2))),
     Case(WeightNorm(dim=None), ANY),
@@ -461,6 +529,8 @@ CASES = [
         for transform, shapes, nearest in (
             (LowRank(2), ((4, 4), (5, 3), (3, 5), (2, 4, 3)), _low_rank(2)),
             (LowRank(1), ((1, 1), (1, 3)), _low_rank(1)),
+            (FixedRank(2), ((4, 4), (5, 3), (3, 5), (2, 4, 3), (2, 2)), _low_rank(2)),
+            (FixedRank(1), ((1, 1), (1, 3)), _low_rank(1)),
             (Circulant(), SQUARE, _circulant),
             (Toeplitz(), MATRICES, _toeplitz),
             (BlockDiagonal(2), ((4, 4), (6, 2), (2, 4), (3, 2, 4)), _block_diagonal(2)),

@@ -13,14 +13,17 @@ from funcparam.transforms._precision import full_precision
 # use two or three: a family is imported when one of its names is first asked for.
 if TYPE_CHECKING:
     from funcparam.transforms._adapters import IA3, OFT, DoRA, LoHa, VeRA
+    from funcparam.transforms._almost_orthogonal import AlmostOrthogonal
     from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
     from funcparam.transforms._cat import Cat, Stack
     from funcparam.transforms._chain import Chain
     from funcparam.transforms._cholesky import CholeskyFactor, PositiveDefinite
     from funcparam.transforms._constraints import from_constraint
     from funcparam.transforms._correlation import CorrelationCholesky
+    from funcparam.transforms._fixed_rank import FixedRank
     from funcparam.transforms._frozen import Frozen
     from funcparam.transforms._identity import Identity
+    from funcparam.transforms._invertible import Invertible, SpecialLinear
     from funcparam.transforms._lipschitz import AOL, LInfLipschitz
     from funcparam.transforms._lora import LoRA
     from funcparam.transforms._low_rank import LowRank
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._monarch import Monarch
     from funcparam.transforms._norm import WeightNorm
     from funcparam.transforms._ordered import Ordered
-    from funcparam.transforms._orthogonal import Orthogonal, SpecialOrthogonal
+    from funcparam.transforms._orthogonal import Orthogonal, SpecialOrthogonal, Unitary
     from funcparam.transforms._orthogonal_conv import OrthogonalConv
     from funcparam.transforms._plumbing import Affine, Permute, Reshape, Transpose
     from funcparam.transforms._positive import Positive
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._sphere import UnitNorm
     from funcparam.transforms._stable import StableDiagonal
     from funcparam.transforms._standardize import WeightStandardization
+    from funcparam.transforms._stiefel import Grassmann, Stiefel
     from funcparam.transforms._structured import BlockDiagonal, Circulant, Kronecker, Toeplitz
     from funcparam.transforms._symmetric import Skew, Symmetric
     from funcparam.transforms._triangular import Triangular
@@ -51,6 +55,7 @@ _FAMILY_OF: Mapping[str, str] = MappingProxyType(
         "DoRA": "_adapters",
         "LoHa": "_adapters",
         "VeRA": "_adapters",
+        "AlmostOrthogonal": "_almost_orthogonal",
         "Interval": "_bounds",
         "LowerBound": "_bounds",
         "UpperBound": "_bounds",
@@ -61,8 +66,11 @@ _FAMILY_OF: Mapping[str, str] = MappingProxyType(
         "PositiveDefinite": "_cholesky",
         "from_constraint": "_constraints",
         "CorrelationCholesky": "_correlation",
+        "FixedRank": "_fixed_rank",
         "Frozen": "_frozen",
         "Identity": "_identity",
+        "Invertible": "_invertible",
+        "SpecialLinear": "_invertible",
         "AOL": "_lipschitz",
         "LInfLipschitz": "_lipschitz",
         "LoRA": "_lora",
@@ -73,6 +81,7 @@ _FAMILY_OF: Mapping[str, str] = MappingProxyType(
         "Ordered": "_ordered",
         "Orthogonal": "_orthogonal",
         "SpecialOrthogonal": "_orthogonal",
+        "Unitary": "_orthogonal",
         "OrthogonalConv": "_orthogonal_conv",
         "Affine": "_plumbing",
         "Permute": "_plumbing",
@@ -88,6 +97,8 @@ _FAMILY_OF: Mapping[str, str] = MappingProxyType(
         "UnitNorm": "_sphere",
         "StableDiagonal": "_stable",
         "WeightStandardization": "_standardize",
+        "Grassmann": "_stiefel",
+        "Stiefel": "_stiefel",
         "BlockDiagonal": "_structured",
         "Circulant": "_structured",
         "Kronecker": "_structured",
@@ -103,6 +114,7 @@ __all__ = [
     "IA3",
     "OFT",
     "Affine",
+    "AlmostOrthogonal",
     "AnyTransform",
     "BlockDiagonal",
     "Cat",
@@ -113,9 +125,12 @@ __all__ = [
     "DoRA",
     "DoublyStochastic",
     "FakeQuantize",
+    "FixedRank",
     "Frozen",
+    "Grassmann",
     "Identity",
     "Interval",
+    "Invertible",
     "Kronecker",
     "LInfLipschitz",
     "LoHa",
@@ -135,11 +150,13 @@ __all__ = [
     "Reshape",
     "Simplex",
     "Skew",
+    "SpecialLinear",
     "SpecialOrthogonal",
     "SpectralNorm",
     "StableDiagonal",
     "Stack",
     "State",
+    "Stiefel",
     "Symmetric",
     "Ternary",
     "Toeplitz",
@@ -147,6 +164,7 @@ __all__ = [
     "Transpose",
     "Triangular",
     "UnitNorm",
+    "Unitary",
     "UpperBound",
     "VeRA",
     "WeightNorm",

@@ -213,3 +213,64 @@ class SpecialOrthogonal(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
         expect_square(self, value)
+
+
+@final
+@dataclass(frozen=True)
+class Unitary(Transform[Tensor]):
+    r"""Unitary matrices: square and complex, with `W^H W = I`.
+
+    [`Orthogonal`][funcparam.transforms.Orthogonal] with a base point, for complex weights alone.
+    Raw has the shape of the value, `(..., n, n)`; state is `{"base"}`. A unitary value is kept,
+    any other goes to its Q factor. The group is connected: training from any start can reach
+    every unitary matrix, as it cannot from a real one of the other determinant.
+
+    Args:
+        map: `"matrix_exp"` or `"cayley"`.
+
+    Raises:
+        ValueError: `map` is neither; at `fp.parametrize`, if the value is not square or not
+            complex.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import Unitary
+        >>> raw, state = Unitary().right_inverse(torch.eye(2, dtype=torch.complex64))
+        >>> W = Unitary().forward(raw + 1j * torch.eye(2), state)
+        >>> torch.allclose(W, torch.exp(torch.tensor(2j)) * torch.eye(2))
+        True
+
+    Source: as `Orthogonal`.
+    """
+
+    map: Literal["matrix_exp", "cayley"] = "matrix_exp"
+
+    def __post_init__(self) -> None:
+        expect_choice(self, "map", ("matrix_exp", "cayley"))
+
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        return Orthogonal(self.map).forward(raw, state)
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        return Orthogonal(self.map).right_inverse(value)
+
+    def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.right_inverse(self.forward(raw, state))
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """Largest |W^H W - I|."""
+        return Orthogonal().violation(value, state)
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        return Orthogonal(self.map).log_abs_det_jacobian(raw, state)
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        if not value.is_complex():
+            raise ValueError(
+                f"{self!r} expects a complex tensor; got {value.dtype}. A real unitary matrix is"
+                " orthogonal: use Orthogonal()"
+            )
+        expect_square(self, value)

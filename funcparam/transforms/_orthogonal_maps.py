@@ -58,9 +58,7 @@ def _householder(X: Tensor, base: Tensor | None = None) -> Tensor:
 
 
 def _qr(X: Tensor, base: Tensor | None = None) -> Tensor:
-    """The Q factor of I + X, with a positive diagonal of R."""
-    Q, R = cast("tuple[Tensor, Tensor]", linalg.qr(identity_like(X) + X))
-    return _at(base, Q * _phases(R))
+    return _at(base, q_factor(identity_like(X) + X))
 
 
 def _newton_schulz(X: Tensor, base: Tensor | None = None) -> Tensor:
@@ -100,6 +98,12 @@ FRAMES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
 )
 """Maps from a tall matrix to orthonormal columns, 0 to the identity or to the columns of a base
 that is given as the second argument."""
+
+
+def q_factor(tall: Tensor) -> Tensor:
+    """The Q factor of `tall`, with a positive diagonal of R: of an orthonormal frame itself."""
+    Q, R = cast("tuple[Tensor, Tensor]", linalg.qr(tall))
+    return Q * _phases(R)
 
 
 def complete_q_factor(tall: Tensor) -> Tensor:

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms._arguments import POSITIVE_NUMBER, expect_argument
+from funcparam.transforms._base import State, Transform, expect_matrix, largest
+from funcparam.transforms._frames import at_frames, between_frames, svd, with_moved_bases
+from funcparam.transforms._linalg import linalg
+from funcparam.transforms._precision import full_precision
+
+# At the bound itself the sine has no slope, and a singular value would never leave it.
+_INSIDE = 0.99
+
+
+@final
+@dataclass(frozen=True)
+class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
+    r"""Matrices whose singular values are all within `lam` of 1.
+
+    $$W = U \operatorname{diag}(1 + \lambda \sin S) V^H$$
+
+    For a value of shape `(..., m, n)` and its shorter side `k` raw is `{"U": (..., m, k),
+    "S": (..., k), "V": (..., n, k)}`, with a real `S`. `U` and `V` are directions in which two
+    orthonormal frames, state `{"base_U", "base_V"}`, are moved as
+    [`Stiefel`][funcparam.transforms.Stiefel] does. State `{"lam"}` holds the radius as a scalar,
+    so that it can be scheduled or swept with `vmap`; `lam` here is what init writes there. The
+    sine reaches both bounds at finite raw.
+
+    Real and complex. A value of this kind is kept. Any other has those singular values that are
+    outside put to `0.99 lam` from 1, on their side: on the bound itself they would get no
+    gradient. `rebase` moves the base points.
+
+    Args:
+        lam: the radius, in (0, 1]. For 0 there is [`Orthogonal`][funcparam.transforms.Orthogonal].
+
+    Raises:
+        ValueError: `lam` is not in (0, 1]; at `fp.parametrize`, if the value has fewer than two
+            dimensions.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import AlmostOrthogonal
+        >>> transform = AlmostOrthogonal(lam=0.5)
+        >>> raw, state = transform.right_inverse(torch.diag(torch.tensor([1.25, 3.0])))
+        >>> torch.linalg.svdvals(transform.forward(raw, state))
+        tensor([1.4950, 1.2500])
+        >>> raw["S"] = torch.full((2,), 100.0)
+        >>> transform.violation(transform.forward(raw, state), state) < 1e-6
+        tensor(True)
+
+    Source: geotorch's `AlmostOrthogonal`, whose default map is this one.
+    """
+
+    lam: float
+
+    def __post_init__(self) -> None:
+        expect_argument(self, "lam", POSITIVE_NUMBER)
+        if self.lam > 1:
+            raise ValueError(f"AlmostOrthogonal expects lam to be at most 1; got {self.lam}")
+
+    @full_precision
+    def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        return between_frames(raw, 1 + state["lam"] * raw["S"].sin(), state)
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Mapping[str, Tensor], State]:
+        U, spectrum, Vh = svd(value)
+        offset = (spectrum - 1) / self.lam
+        rounding = max(value.shape[-2:]) * torch.finfo(spectrum.dtype).eps * 4 / self.lam
+        inside = offset.abs() <= 1 + rounding
+        S = torch.where(inside, offset.clamp(-1, 1), _INSIDE * offset.sign()).asin()
+        raw, state = at_frames(U, S, Vh)
+        return raw, {**state, "lam": spectrum.new_full((), self.lam)}
+
+    @full_precision
+    def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
+        return with_moved_bases(raw, state)
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """How far the farthest singular value is outside; a radius in state counts if given."""
+        spectrum: Tensor = linalg.svdvals(value)
+        return largest(((spectrum - 1).abs() - state.get("lam", self.lam)).clamp_min(0))
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_matrix(self, value)
