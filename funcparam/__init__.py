@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "checkpoint":  # few programs need it, and it takes a third of the import
-        return import_module("funcparam.checkpoint")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        if name == "checkpoint":  # few programs need it, and it takes a third of the import
+            return import_module("funcparam.checkpoint")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

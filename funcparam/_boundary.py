@@ -132,8 +132,22 @@ def _check_state(entry: Entry, state: StateTree) -> None:
 
 def expect_finite(name: str, value: Tensor) -> None:
     """Raise for NaN and infinity, where the entries can be read."""
-    if readable(value) and not bool(torch.isfinite(value).all()):
+    if not _is_finite(value):
         raise ValueError(f"{name!r}: expected finite values; got NaN or infinity")
+
+
+def expect_finite_raw(name: str, transform: AnyTransform, raw: Raw) -> None:
+    """Raise where a right inverse led to NaN or infinity, from which nothing can be trained."""
+    tensors = [raw] if isinstance(raw, Tensor) else raw.values()
+    if not all(map(_is_finite, tensors)):
+        raise ValueError(
+            f"{name!r}: {transform!r} cannot represent this value: its right inverse gives NaN or"
+            " infinity"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not readable(tensor) or bool(torch.isfinite(tensor).all())
 
 
 def value_of(entry: Entry, given: Mapping[str, Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from funcparam._boundary import (
     check_raw_tree,
     check_state_tree,
     expect_finite,
+    expect_finite_raw,
     value_of,
 )
 from funcparam._inspect import groups, overview, summary
@@ -28,7 +29,7 @@ from funcparam._selection import Rules, select
 from funcparam._table import Table, Tabular
 from funcparam._tree import Leaf, Structure, flatten
 from funcparam.transforms._base import AnyTransform, Raw, State
-from funcparam.transforms._precision import autocast_off
+from funcparam.transforms._precision import autocast_off, widened
 from funcparam.transforms._signature import signature
 
 if TYPE_CHECKING:
@@ -223,6 +224,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
                 raw[name], own = transform.right_inverse(value, generator=generator)
             except (NotImplementedError, ValueError) as error:
                 raise type(error)(f"{name!r}: {error}") from error
+            if finite:
+                expect_finite_raw(name, transform, raw[name])
             if own:
                 state[name] = own
         return raw, state
@@ -301,12 +304,10 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     def _violations(self, values: Mapping[str, Tensor], state: StateTree) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, transform in self._transforms.items():
-            value = values[name]
-            low = value.dtype in (torch.bfloat16, torch.float16)
+            value, own = values[name], state.get(name, _NOTHING)
             try:
-                own = state.get(name, _NOTHING)
                 with autocast_off(value):
-                    found[name] = transform.violation(value.float() if low else value, own)
+                    found[name] = transform.violation(*widened((value, own)))
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from error
         return found

@@ -84,7 +84,10 @@ def _tree_leaves(tree: Any) -> tuple[list[Leaf], Structure | None]:
             return [Leaf(tensor, (name,)) for name, tensor in items], None
     accessors: list[PyTreeAccessor]
     tensors: list[Any]
-    accessors, tensors, spec = optree.tree_flatten_with_accessor(cast("Any", tree))
+    try:
+        accessors, tensors, spec = optree.tree_flatten_with_accessor(cast("Any", tree))
+    except RecursionError:
+        raise ValueError("expected a tree of tensors; got one that is nested without end") from None
     names = tuple(map(_dotted, accessors))
     leaves = [Leaf(tensor, (name,)) for name, tensor in zip(names, tensors, strict=True)]
     return leaves, Structure(spec, names)

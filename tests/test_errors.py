@@ -6,6 +6,7 @@ A `raise` that no call there meets fails the last test: add a call, with its tex
 import ast
 import builtins
 import re
+import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,18 @@ def without(package, call):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtins, "__import__", missing)
         return call()
+
+
+def a_text_file(name):
+    path = Path(tempfile.mkdtemp()) / name
+    path.write_text("hello")
+    return path
+
+
+def endless():
+    tree = {"w": ONE}
+    tree["tree"] = tree
+    return tree
 
 
 def legacy():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
@@ -73,10 +74,26 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> dict[str, Any]:
     Raises:
         pickle.UnpicklingError: the file holds more than tensors and plain containers; PyTorch's
             message says what.
+        ValueError: the file is broken, or of another kind.
+        OSError: there is no such file, or it cannot be read.
         ImportError: safetensors is not installed.
     """
-    if not _is_safetensors(path):
-        return cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
+    try:
+        return _load_safetensors(path, device) if _is_safetensors(path) else _load(path, device)
+    except (OSError, ImportError, pickle.UnpicklingError):
+        raise
+    except Exception as error:  # what a broken file can lead to is long, and has no common type
+        raise ValueError(
+            f"{os.fspath(path)!r}: expected a file that checkpoint.save, torch.save or safetensors"
+            f" wrote; reading it gave {type(error).__name__}: {error}"
+        ) from error
+
+
+def _load(path: Path, device: str | torch.device) -> dict[str, Any]:
+    return cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
+
+
+def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
     with _safetensors().safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         aliases = cast("dict[str, str]", file.metadata() or {})

@@ -71,6 +71,7 @@ def explain(state_dict: Mapping[str, Any]) -> Explanation:
 
     Raises:
         TypeError: it is not a dictionary of tensors.
+        ValueError: two tensors have one key once nested dictionaries are joined by dots.
 
     Example:
         >>> import torch, funcparam as fp
@@ -92,11 +93,22 @@ def flat(tensors: Any) -> dict[str, Any]:
 
     Raises:
         TypeError: something else than a tensor is in it, apart from modules' extra state.
+        ValueError: two tensors have one dotted key, or the dictionaries never end.
     """
     if not isinstance(tensors, Mapping):
         hint = ". Pass its state_dict()" if hasattr(tensors, "state_dict") else ""
         raise TypeError(f"expected a dict of tensors, by key; got {describe(tensors)}{hint}")
-    return dict(_flat(cast("Mapping[Any, Any]", tensors), ""))
+    found: dict[str, Any] = {}
+    try:
+        for key, item in _flat(cast("Mapping[Any, Any]", tensors), ""):
+            if key in found:
+                raise ValueError(f"{key!r} is there twice, as one key and as nested dictionaries")
+            found[key] = item
+    except RecursionError:
+        raise ValueError(
+            "expected a dict of tensors, by key; got dictionaries that are nested without end"
+        ) from None
+    return found
 
 
 def _flat(tensors: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:

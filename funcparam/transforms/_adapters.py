@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, cast, final
 
 import torch
@@ -151,7 +152,8 @@ class IA3(Transform[Mapping[str, Tensor]]):
         """Largest |entry| of `value` that no factors of `base` give. The base is the constraint."""
         if "base" not in state:
             raise ValueError(f"{self!r} expects state with a 'base', which is its constraint")
-        rows = value.movedim(self.dim, 0).reshape(value.shape[self.dim], -1)
+        rows = value.movedim(self.dim, 0)
+        rows = rows.reshape(len(rows), prod(rows.shape[1:]))  # -1 is refused where len is 0
         base = state["base"].movedim(self.dim, 0).reshape(rows.shape)
         square = (base.conj() * base).real.sum(1)
         factors = (base.conj() * rows).sum(1) / torch.where(square == 0, 1, square)

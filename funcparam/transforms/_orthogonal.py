@@ -10,6 +10,7 @@ from funcparam.transforms._arguments import expect_choice
 from funcparam.transforms._base import (
     State,
     Transform,
+    expect_all,
     expect_matrix,
     expect_real,
     expect_square,
@@ -113,6 +114,12 @@ class Orthogonal(Transform[Tensor]):
         if self.trivialize:
             return torch.zeros_like(value), {"base": complete_q_factor(tall)}
         if self.map in _PROJECTIONS:
+            expect_all(
+                self,
+                self.violation(self.forward(value, {}), {}) < 0.1,
+                "expects a matrix that is not singular nor close to it, which has no orthogonal"
+                " factor: use trivialize=True, or add noise to the value first",
+            )
             return value, {}
         if self.map != "householder":
             raise NotImplementedError(

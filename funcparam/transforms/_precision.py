@@ -55,6 +55,13 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def widened(tree: Any) -> Any:
+    """The tree with half-precision tensors in float32."""
+    for dtype in _LOW:
+        tree = _cast(tree, dtype, torch.float32)
+    return tree
+
+
 def _autocast_is_on(tensor: Tensor) -> bool:
     device = "cpu" if tensor.is_cpu else tensor.device.type
     return device != "meta" and torch.is_autocast_enabled(device)

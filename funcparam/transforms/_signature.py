@@ -72,6 +72,7 @@ def signature(transform: AnyTransform | None, value: Tensor) -> Signature:
     if transform is None:
         return Signature(spec, spec, ())
     _expect_static(transform)
+    _expect_dense(transform, value)
     transform.check(value)
     raw: Any
     state: State
@@ -104,6 +105,14 @@ def _expect_static(transform: AnyTransform) -> None:
             f"{transform!r} expects to be hashable: make it a dataclass with frozen=True, without"
             " lists, dicts or tensors in it; tensors belong in state"
         ) from error
+
+
+def _expect_dense(transform: AnyTransform, value: Tensor) -> None:
+    if value.layout is not torch.strided:
+        raise ValueError(
+            f"{transform!r} expects a dense tensor; got {value.layout}. Give it value.to_dense(),"
+            " or leave it out of the rules"
+        )
 
 
 def _pair(transform: AnyTransform, returned: Any) -> tuple[Any, Any]:

@@ -1,13 +1,18 @@
 """Files: ties and views, formats that others read, and no code run on load."""
 
+import ast
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import funcparam as fp
@@ -109,13 +114,69 @@ class Bomb:
         return open, (self.path, "w")
 
 
-def test_loading_runs_no_code(tmp_path):
-    torch.save({"w": Bomb(str(tmp_path / "boom"))}, tmp_path / "evil.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        checkpoint.load(tmp_path / "evil.pt")
+def _zip(item, path):
+    torch.save({"w": item}, path)
+
+
+def _plain_pickle(item, path):
+    path.write_bytes(pickle.dumps(item))
+
+
+def _before_zip(item, path):
+    torch.save({"w": item}, path, _use_new_zipfile_serialization=False)
+
+
+@FORMATS
+@pytest.mark.parametrize("write", [_zip, _plain_pickle, _before_zip])
+def test_loading_runs_no_code(tmp_path, name, write):
+    path = tmp_path / name
+    write(Bomb(str(tmp_path / "boom")), path)
+    with pytest.raises((pickle.UnpicklingError, ValueError)):
+        checkpoint.load(path)
     assert not (tmp_path / "boom").exists()
-    torch.load(tmp_path / "evil.pt", weights_only=False)["w"].close()
-    assert (tmp_path / "boom").exists()  # so the file was dangerous indeed
+    with open(path, "rb") as file:  # the file is dangerous indeed
+        if write is _plain_pickle:
+            pickle.load(file).close()
+        else:
+            torch.load(file, weights_only=False)["w"].close()
+    assert (tmp_path / "boom").exists()
+
+
+def test_no_other_code_reads_files():
+    for path in Path(fp.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".load", ".loads")):
+                assert ast.unparse(node.func) == "torch.load", path
+                assert "weights_only=True" in map(ast.unparse, node.keywords), path
+            if isinstance(node, ast.Attribute | ast.Name):
+                assert "Unpickler" not in ast.unparse(node), path
+
+
+@FORMATS
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.binary(max_size=40), st.floats(0, 1), st.booleans(), st.integers(0, 40))
+def test_broken_files_are_refused(name, noise, where, cut, more):
+    good = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        checkpoint.save(good, path)
+        whole = path.read_bytes()
+        start = int(where * len(whole))
+        rest = b"" if cut else whole[start + more :]
+        path.write_bytes(whole[:start] + noise + rest)
+        try:
+            loaded = checkpoint.load(path)
+        except (pickle.UnpicklingError, ValueError) as error:
+            told = str(error)
+            assert told
+        else:
+            assert isinstance(loaded, dict)
+
+
+@FORMATS
+def test_a_file_that_is_not_there(tmp_path, name):
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(tmp_path / name)
 
 
 def test_extra_state_has_no_place_in_safetensors(tmp_path):
