@@ -34,8 +34,8 @@ def made(forward, right_inverse=lambda value: value):
     return fp.transform(forward, right_inverse)
 
 
-def log_det(transform):
-    value = torch.full((2, 2), 0.5)
+def log_det(transform, *shape):
+    value = torch.full(shape or (2, 2), 0.5)
     p = of(transform, value)
     return p.log_abs_det_jacobian(*p.init({"w": value}))
 
@@ -225,9 +225,10 @@ TORCHS = " ".join(
 def test_every_raise_is_in_the_table():
     met = set()
     for call, _, _ in ROWS:
-        with pytest.raises(Exception) as caught:  # noqa: PT011
+        try:
             eval(call, NAMES)
-        met.update(raised_at(caught.value))
+        except Exception as error:
+            met.update(raised_at(error))
     found = list(sites())
     assert len(found) > 150
     unread = [
