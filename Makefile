@@ -25,6 +25,13 @@ demo: $(READY) ## Train on handwritten digits: a table, a picture, an ensemble
 test: $(READY) ## Run all tests and doctests; ARGS="-k orthogonal" picks some
 	$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: coverage
+coverage: $(READY) ## Run all tests, and say which lines and branches they miss
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 .PHONY: lint
 lint: $(READY) ## Check style and format
 	$(BIN)/ruff check .

@@ -217,8 +217,8 @@ def _words(text):
 
 TORCHS = " ".join(
     text
-    for module in (torch.nn.utils.parametrize, torch.nn.utils.parametrizations)
-    for text in _words(Path(module.__file__).read_text())
+    for module in ("parametrize", "parametrizations", "weight_norm", "spectral_norm")
+    for text in _words(Path(torch.nn.utils.__path__[0], f"{module}.py").read_text())
 )
 
 
