@@ -50,3 +50,21 @@ def test_legacy_vocoder(tmp_path):
     }
     assert errors["trained on"] < errors["old checkpoint"]
     assert errors["moving average of it"] < errors["old checkpoint"]
+
+
+def test_lora(tmp_path):
+    picture = tmp_path / "lora.png"
+    command = [sys.executable, ROOT / "examples" / "lora_minilm.py", "--quick", "--out", picture]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    trained = {"head only": 770, "LoRA, rank 8": 74498, "DoRA, rank 8": 79106}
+    for label, size in trained.items():
+        row = re.search(rf"^{label} +(\S+) +(\S+) +(\d+)$", out, re.MULTILINE)
+        assert float(row[1]) > 0.6  # chance is 0.5
+        assert int(row[3]) == size
+    for label in ("LoRA", "DoRA"):
+        differences = re.search(rf"^{label} {{10,}}(.*)$", out, re.MULTILINE)[1].split()
+        assert len(differences) == 3
+        assert all(float(difference) < 1e-4 for difference in differences)
+    assert float(re.search(r"logits differ by (\S+) from one by one", out)[1]) < 1e-4
+    assert float(re.search(r"Classifier: logits differ by (\S+)", out)[1]) < 1e-4
