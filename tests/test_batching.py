@@ -8,11 +8,14 @@ from torch.testing import assert_close
 
 import funcparam as fp
 from funcparam.transforms import (
+    AlmostOrthogonal,
     DoRA,
+    FixedRank,
     Interval,
     Orthogonal,
     SpecialOrthogonal,
     SpectralNorm,
+    Stiefel,
     UnitNorm,
     WeightNorm,
     WeightStandardization,
@@ -35,6 +38,9 @@ TRANSFORMS = [
     UnitNorm(0),
     WeightStandardization(),
     DoRA(rank=2),
+    Stiefel(),
+    FixedRank(rank=2),
+    AlmostOrthogonal(0.3),
 ]
 
 

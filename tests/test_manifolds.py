@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, jvp, vmap
 
+import funcparam as fp
 from funcparam.transforms import (
     AlmostOrthogonal,
     FixedRank,
@@ -184,6 +185,16 @@ def test_determinant_one(dtype):
     for size in (0.0, 1.0, 10.0):
         determinant = torch.linalg.det(SpecialLinear().forward(moved(raw, size), state))
         close(determinant, torch.ones(2, dtype=dtype), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", [Invertible(), SpecialLinear()], ids=str)
+def test_a_stack_is_evaluated_like_each(transform):
+    values = {f"w{i}": randn(4, 4) for i in range(transform.stacks_from)}
+    p = fp.parametrize(values, {"*": transform})
+    assert "in one call" in str(p.plan())
+    raw, state = p.init(values)
+    raw = {name: moved(part) for name, part in raw.items()}
+    close(p(raw, state), {name: transform.forward(raw[name], state[name]) for name in raw})
 
 
 def test_how_far_a_determinant_is_from_one():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
 
     Source: geotorch's `AlmostOrthogonal`, whose default map is this one.
     """
+
+    stacks_up_to: ClassVar[int] = 128 * 128
 
     lam: float
 

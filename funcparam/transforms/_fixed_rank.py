@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class FixedRank(Transform[Mapping[str, Tensor]]):
     (2013); geotorch's `FixedRank` has the same image.
     """
 
+    stacks_up_to: ClassVar[int] = 256 * 256
+
     rank: int
 
     def __post_init__(self) -> None:
@@ -61,6 +63,9 @@ class FixedRank(Transform[Mapping[str, Tensor]]):
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         return between_frames(raw, softplus(raw["S"]), state)
+
+    def forward_stacked(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        return self.forward(raw, state)
 
     @full_precision
     def right_inverse(

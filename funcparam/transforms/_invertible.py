@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
-from typing import NamedTuple, cast, final
+from typing import ClassVar, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -60,10 +60,15 @@ class Invertible(Transform[Tensor]):
     Theory (1982), theorem 2.1.13; geotorch's `GLp` has the same image.
     """
 
+    stacks_up_to: ClassVar[int] = 128 * 128
+
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         log_diagonal = raw.diagonal(dim1=-2, dim2=-1).real.asinh()
         return FRAMES["cayley"](raw, state["base"]) @ _triangular(raw, log_diagonal)
+
+    def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
+        return self.forward(raw, state)
 
     @full_precision
     def right_inverse(
@@ -141,6 +146,8 @@ class SpecialLinear(Transform[Tensor]):
     VI.4; geotorch's `SL` has the same image.
     """
 
+    stacks_up_to: ClassVar[int] = 128 * 128
+
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         diagonal = raw.diagonal(dim1=-2, dim2=-1)
@@ -149,6 +156,9 @@ class SpecialLinear(Transform[Tensor]):
             phases = torch.complex(diagonal.real, _centred(diagonal.imag))
             raw = raw + torch.diag_embed(phases - diagonal)
         return FRAMES["matrix_exp"](raw, state["base"]) @ _triangular(raw, log_diagonal)
+
+    def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
+        return self.forward(raw, state)
 
     @full_precision
     def right_inverse(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -51,11 +51,16 @@ class Stiefel(Transform[Tensor]):
     Cayley transform in thin matrices).
     """
 
+    stacks_up_to: ClassVar[int] = 64 * 64
+
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         if _is_wide(raw):
             return moved(state["base"].mT, raw.mT).mT
         return moved(state["base"], raw)
+
+    def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
+        return self.forward(raw, state)
 
     @full_precision
     def right_inverse(
