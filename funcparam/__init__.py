@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from funcparam import transforms
+from funcparam._call import ParametrizedCall, recompute
 from funcparam._functional_call import FunctionalCall, functional_call
 from funcparam._module import Parametrized, fold
 from funcparam._parametrization import Parametrization, parametrize
@@ -17,11 +18,13 @@ __all__ = [
     "FunctionalCall",
     "Parametrization",
     "Parametrized",
+    "ParametrizedCall",
     "Transform",
     "checkpoint",
     "fold",
     "functional_call",
     "parametrize",
+    "recompute",
     "trainable",
     "transform",
     "transforms",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from funcparam._boundary import RawTree, StateTree
-from funcparam._functional_call import FunctionalCall
+from funcparam._call import ParametrizedCall, Values
+from funcparam._modes import is_in_backward
 from funcparam._names import closest
 from funcparam._parametrization import Parametrization
 from funcparam._tree import flatten
@@ -41,15 +42,19 @@ class Parametrized(nn.Module):
     [`checkpoint.read`][funcparam.checkpoint.read] understands: plain and folded checkpoints, those
     of PyTorch's parametrizations and of its hooks.
 
+    Without gradients each large value is made when the network reads it and dropped afterwards.
+
     Threads that share it take turns (`DataParallel` replicas have networks of their own).
     Activation checkpointing goes around this module, not inside of the network, where it would
-    compute again after the values are gone. What a network writes to a buffer that is itself
-    parametrized goes to the value and is lost.
+    compute again after the values are gone: an error about the meta device. What a network writes
+    to a buffer that is itself parametrized goes to the value and is lost.
 
     Args:
         net: any module.
         p: a parametrization of it.
         generator: as for [`Parametrization.init`][funcparam.Parametrization.init].
+        recompute: whether to drop large values in training too, and to make them again in
+            backward; see [`funcparam.recompute`][].
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `p.init(net)`.
@@ -69,7 +74,7 @@ class Parametrized(nn.Module):
     """
 
     net: nn.Module
-    _call: FunctionalCall
+    _call: ParametrizedCall
     parametrization: Parametrization[dict[str, Tensor]]
 
     def __init__(
@@ -78,6 +83,7 @@ class Parametrized(nn.Module):
         p: Parametrization[dict[str, Tensor]],
         *,
         generator: torch.Generator | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(p, Parametrization):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -88,6 +94,7 @@ class Parametrized(nn.Module):
         raw, state = p.init(net, generator=generator)
         _expect_same_ties(net, p)
         self.parametrization = p
+        self.recompute = recompute
         self.raw = nn.Module()
         self.state = nn.Module()
         self.net_buffers = nn.Module()
@@ -112,16 +119,18 @@ class Parametrized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with the parametrized values."""
-        raw, state = self.raw_and_state()
-        values = self._advanced(raw, state) if self.training else self.parametrization(raw, state)
-        buffers = self._own_buffers()
-        bound = {**buffers, **values}
-        out = self._call(bound, args, kwargs)
-        for name, old in buffers.items():
-            if bound[name] is not old:  # the network put another tensor in its buffer's place
-                owner, _, local = self._buffer_names[name].rpartition(".")
-                setattr(self.net_buffers.get_submodule(owner), local, bound[name].detach())
-        return out
+        with self._call.turn():
+            raw, state = self.raw_and_state()
+            evolves = self.training and not is_in_backward()  # where a checkpoint computes again
+            values = self._advanced(raw, state) if evolves else self._call.values(raw, state)
+            buffers = self._own_buffers()
+            bound = dict(buffers)
+            out = self._call.apply(values, args, kwargs, bound)
+            for name, old in buffers.items():
+                if bound[name] is not old:  # the network put another tensor in its buffer's place
+                    owner, _, local = self._buffer_names[name].rpartition(".")
+                    setattr(self.net_buffers.get_submodule(owner), local, bound[name].detach())
+            return out
 
     def _replicate_for_data_parallel(self) -> Self:
         """Give each replica, which runs in a thread of its own, a network of its own to bind."""
@@ -132,7 +141,8 @@ class Parametrized(nn.Module):
     def _own(self, net: nn.Module) -> None:
         """Take `net` as the network, past nn.Module, which would count its tensors as ours."""
         object.__setattr__(self, "net", net)
-        object.__setattr__(self, "_call", FunctionalCall(net))
+        call = ParametrizedCall(net, self.parametrization, recompute=self.recompute)
+        object.__setattr__(self, "_call", call)
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001
         """Set training mode here and in the network."""
@@ -209,13 +219,13 @@ class Parametrized(nn.Module):
         """Show the network and the parametrization."""
         return f"net={self.net!r}\n{self.parametrization!r}"
 
-    def _advanced(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
+    def _advanced(self, raw: RawTree, state: StateTree) -> Values:
         """Update the state, and return the values.
 
         Those have tensors of their own, which a later update does not write to: several forwards
         may come before one backward, which needs the state of each.
         """
-        values, new = self.parametrization.advance(raw, state)
+        values, new = self._call.advanced(raw, state)
         with torch.no_grad():
             _write(state, new)
         return values
