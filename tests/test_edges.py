@@ -59,6 +59,18 @@ def test_power_iteration_is_constant_to_grad():
     assert grad(moved)(torch.randn(3, 3)).count_nonzero() == 0
 
 
+@pytest.mark.parametrize("map", ["qr", "newton_schulz"])
+def test_projections_do_not_see_the_scale_of_raw(map):
+    """Weights are small: an identity that is subtracted and added would round them away."""
+    project = Orthogonal(map, trivialize=False)
+    X = torch.randn(5, 3)
+    expected = project.forward(X.double(), {})
+    for scale in (1e-9, 0.02, 1e9):
+        value = project.forward(scale * X, {}).double()
+        torch.testing.assert_close(value, expected, rtol=0, atol=2e-6)
+    assert project.forward(torch.zeros(3, 3), {}).isfinite().all()
+
+
 def test_masked_infinities_are_zero():
     _, state = Mask().right_inverse(torch.tensor([0.0, 1.0]))
     assert torch.equal(

@@ -95,8 +95,6 @@ class Orthogonal(Transform[Tensor]):
     def forward(self, raw: Tensor, state: State) -> Tensor:
         wide = raw.shape[-2] < raw.shape[-1]
         tall = raw.mT if wide else raw
-        if self.map in _PROJECTIONS and not self.trivialize:
-            tall = tall - identity_like(tall)
         frame = FRAMES[self.map](tall, state.get("base"))
         if self.map == "householder" and not self.trivialize:
             frame = frame * state["signs"].unsqueeze(-2)

@@ -58,18 +58,28 @@ def _householder(X: Tensor, base: Tensor | None = None) -> Tensor:
 
 
 def _qr(X: Tensor, base: Tensor | None = None) -> Tensor:
-    return _at(base, q_factor(identity_like(X) + X))
+    """The Q factor of I + X; without a base, that of X."""
+    return _at(base, q_factor(_start(X, base)))
 
 
 def _newton_schulz(X: Tensor, base: Tensor | None = None) -> Tensor:
     """The polar factor of I + X, by a fixed number of Newton-Schulz steps of order five.
 
+    Without a base, that of X.
     Each step multiplies small singular values by 15/8, so 18 of them reach 1 to rounding for
     condition numbers to about 1e4. Source: Björck and Bowie, SIAM J. Numer. Anal. 8 (1971).
     """
-    start = identity_like(X) + X
-    polar = reduce(lambda Y, _: _towards_polar(Y), range(18), start / _norm_bound(start))
+    if X.numel() == 0:  # has no norm
+        return _at(base, X)
+    start = _start(X, base)
+    start = start / _norm_bound(start).clamp_min(torch.finfo(start.dtype).tiny)
+    polar = reduce(lambda Y, _: _towards_polar(Y), range(18), start)
     return _at(base, polar)
+
+
+def _start(X: Tensor, base: Tensor | None) -> Tensor:
+    # not X - I for X: small weights would round away
+    return X if base is None else identity_like(X) + X
 
 
 def _norm_bound(Y: Tensor) -> Tensor:
@@ -97,7 +107,7 @@ FRAMES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     }
 )
 """Maps from a tall matrix to orthonormal columns, 0 to the identity or to the columns of a base
-that is given as the second argument."""
+that is given as the second argument. Without one, "qr" and "newton_schulz" keep a frame X."""
 
 
 def q_factor(tall: Tensor) -> Tensor:
