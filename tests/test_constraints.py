@@ -289,15 +289,18 @@ def test_frozen_parts_stay_and_gates_stay_orthogonal():
         close(gate @ gate.mT, torch.eye(4), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_saturated_intervals_stay_inside(dtype):
-    generator = torch.Generator().manual_seed(0)
-    raw = torch.tensor([-1e4, -50.0, 50.0, 1e4], dtype=dtype)
-    for low, width in zip(
-        torch.randn(200, generator=generator).tolist(), range(1, 201), strict=True
-    ):
-        high = low + width / 7
-        bounds = {"low": torch.tensor(low, dtype=dtype), "high": torch.tensor(high, dtype=dtype)}
-        value = Interval(low, high).forward(raw, bounds)
-        assert (value >= bounds["low"]).all()
-        assert (value <= bounds["high"]).all()
+    raw = torch.tensor([-1e4, -50.0, -3.0, 3.0, 50.0, 1e4], dtype=dtype)
+    low = torch.randn(200, dtype=dtype)
+    high = low + torch.arange(1, 201).to(dtype) / 7
+    bounds = {"low": low, "high": high}
+    loop = [
+        Interval(0, 1).forward(raw, {"low": a, "high": b}) for a, b in zip(low, high, strict=True)
+    ]
+    batched = torch.func.vmap(Interval(0, 1).forward, (None, 0))(raw, bounds)
+    for value in (torch.stack(loop), batched):
+        assert (value >= low.unsqueeze(1)).all()
+        assert (value <= high.unsqueeze(1)).all()
+        assert torch.equal(value[:, -1], high)
+        assert torch.equal(value[:, 0], low)

@@ -28,6 +28,8 @@ from funcparam.transforms import (
     Monarch,
     Orthogonal,
     Permute,
+    Positive,
+    PSDLowRank,
     Reshape,
     Simplex,
     Symmetric,
@@ -63,6 +65,19 @@ def test_circulant_is_circular_convolution():
     c, x = randn(7), randn(7)
     expected = torch.fft.ifft(torch.fft.fft(c) * torch.fft.fft(x)).real
     close(Circulant().forward(c, {}) @ x, expected)
+
+
+def test_a_positive_semidefinite_value_of_lower_rank_is_kept_and_can_grow():
+    start = torch.outer(torch.ones(4), torch.ones(4)).double()
+    raw, state = PSDLowRank(3).right_inverse(start)
+    close(PSDLowRank(3).forward(raw, state), start, rtol=0, atol=1e-14)
+    target = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])).double()
+    optimizer = torch.optim.Adam([raw.requires_grad_()], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (PSDLowRank(3).forward(raw, state) - target).square().sum().backward()
+        optimizer.step()
+    close(PSDLowRank(3).forward(raw, state).detach(), target, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("transform", [LowRank(2), Kronecker((2, 2))], ids=str)
@@ -135,6 +150,13 @@ def test_aol_keeps_orthogonal_matrices_and_zero_columns():
     Q[:, 1] = 0
     close(AOL().forward(*AOL().right_inverse(Q)), Q)
     assert AOL().forward(*AOL().right_inverse(torch.zeros(3, 2))).count_nonzero() == 0
+
+
+def test_aol_divides_what_is_smaller_by_its_norm():
+    """Its image is smaller than the spectral norms of at most 1 that `violation` asks for."""
+    Q = torch.linalg.qr(randn(4, 4)).Q
+    assert AOL().violation(Q / 2, {}) == 0
+    close(AOL().forward(*AOL().right_inverse(Q / 2)), Q)
 
 
 def test_doubly_stochastic_projection_is_sinkhorns_limit():
@@ -299,6 +321,15 @@ def test_fake_quantize_range_is_the_observers():
     close(state["scale"], W.abs().max() / 127)
 
 
+def test_fake_quantize_rounds_a_grid_that_does_not_reach_its_ends_to_its_own():
+    on_a_grid = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
+    transform = FakeQuantize(bits=3)
+    expected = torch.tensor([-2.0, -4 / 3, 0.0, 4 / 3, 2.0])  # steps of 2 / 3
+    close(transform.forward(*transform.right_inverse(on_a_grid)), expected)
+    reaching = torch.tensor([-3.0, -1.0, 0.0, 1.0, 2.0])
+    assert torch.equal(transform.forward(*transform.right_inverse(reaching)), reaching)
+
+
 def test_fake_quantize_scale_has_the_derivative_of_learned_step_size():
     W, step = randn(50), torch.tensor(0.4, dtype=torch.float64)
     zero = torch.zeros_like(step)
@@ -367,3 +398,13 @@ def test_a_chain_checks_the_shape_that_each_part_returns():
         chain.check(torch.ones(4, 4))
     with pytest.raises(ValueError, match="square"):
         Chain(Symmetric(), Reshape((2, 8), (4, 4))).check(torch.ones(4, 4))
+
+
+def test_the_violation_of_a_chain_looks_through_moved_entries():
+    kernel = Chain(Orthogonal(), Reshape((8, 27), (8, 3, 3, 3)), Permute((1, 0, 2, 3)))
+    value = randn(3, 8, 3, 3)
+    expected = Orthogonal().violation(value.transpose(0, 1).reshape(8, 27), {})
+    close(kernel.violation(value, {}), expected)
+    assert kernel.violation(kernel.forward(*kernel.right_inverse(value)), {}) < 1e-12
+    assert Chain(Transpose(), Reshape((2, 3), (6,))).violation(randn(6), {}) == 0
+    assert Chain(Orthogonal(), Positive(), Transpose()).violation(-torch.eye(2), {}) == 1

@@ -54,6 +54,10 @@ class Transform(ABC, Generic[R]):
     """Whether the weight itself stays in state and raw is added to it. Raw of an adapter is trained
     even if the weight is frozen; any other raw takes `requires_grad` from the weight."""
 
+    moves_entries: ClassVar[bool] = False
+    """Whether all it does is to move entries to other places: then it constrains nothing, and a
+    chain's constraint is that of the transform before it."""
+
     stacks_up_to: ClassVar[int] = 0
     """Entries of a value up to which equal leaves were measured to be evaluated faster as one stack
     than one by one, forward and backward."""
@@ -155,6 +159,15 @@ def expect_matrix(transform: AnyTransform, value: Tensor) -> None:
     if value.ndim < 2:
         raise ValueError(
             f"{transform!r} expects a matrix or batch of matrices; got shape {tuple(value.shape)}"
+        )
+
+
+def expect_filled(transform: AnyTransform, matrix: Tensor) -> None:
+    """Raise ValueError unless a matrix, or each of a batch, has a row and a column."""
+    if 0 in matrix.shape[-2:]:
+        raise ValueError(
+            f"{transform!r} expects a matrix with at least one row and one column;"
+            f" got shape {tuple(matrix.shape)}"
         )
 
 

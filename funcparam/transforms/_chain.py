@@ -19,8 +19,10 @@ class Chain(Transform[Any]):
     the first can have named raw tensors. State holds the states of all under their position:
     `"1.base"` is the base point of the second. The right inverse runs backwards.
 
-    `rebase` moves the first transform's base point; the log-determinants add up; the constraint
-    that `violation` measures is that of the last.
+    `rebase` moves the first transform's base point; the log-determinants add up. The constraint
+    that `violation` measures is that of the last transform that does more than move entries: of
+    `Chain(Orthogonal(), Reshape(...))` that of `Orthogonal`. What the ones before it exclude is
+    not measured.
 
     Args:
         *parts: at least one transform.
@@ -89,8 +91,11 @@ class Chain(Transform[Any]):
         return raw, {**state, **{f"0.{key}": tensor for key, tensor in own.items()}}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
-        last, own = list(self._each(state))[-1]
-        return last.violation(value, own)
+        for part, own in reversed(list(self._each(state))):
+            if not part.moves_entries:
+                return part.violation(value, own)
+            value, _ = part.right_inverse(value)
+        return value.real.new_zeros(())
 
     def log_abs_det_jacobian(self, raw: Any, state: State) -> Tensor:
         total: Any = 0

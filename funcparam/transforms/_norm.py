@@ -23,7 +23,8 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
 
     Raw is `{"magnitude": g, "direction": V}`; `V` has the shape of the value, `g` has size 1 in
     every dimension that the norm runs over. Real dtypes. The right inverse is exact for every
-    value whose norms are normal numbers, slices of zeros included.
+    value, slices of zeros included, of which the squares of norms are normal numbers: in float32,
+    norms from 1e-19 to 1e19. Beyond that scale the weight first.
 
     Written in composed operations: unlike `torch._weight_norm`, second-order gradients, `jvp`
     and `vmap` are right.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite, prod
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -100,6 +100,8 @@ class Reshape(Transform[Tensor]):
     Source: `torch.distributions.transforms.ReshapeTransform`.
     """
 
+    moves_entries: ClassVar[bool] = True
+
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
 
@@ -165,6 +167,8 @@ class Permute(Transform[Tensor]):
     Source: `torch.permute`.
     """
 
+    moves_entries: ClassVar[bool] = True
+
     dims: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -226,6 +230,8 @@ class Transpose(Transform[Tensor]):
 
     Source: `torch.transpose`.
     """
+
+    moves_entries: ClassVar[bool] = True
 
     dim0: int = -2
     dim1: int = -1

@@ -21,7 +21,9 @@ class PSDLowRank(Transform[Tensor]):
     (Hermitian). A value of this kind is kept; any other goes to the nearest one: the `rank`
     largest eigenvalues of its Hermitian part that are positive, with their eigenvectors.
 
-    A value of less than `rank` leaves columns of `F` at 0, where their gradient is 0 too.
+    Columns of `F` that the value does not need get a length below its rounding, the root of one
+    rounding of its largest eigenvalue: at 0 their gradient would be 0 too. Only of a value of zeros
+    they are 0, and nothing trains.
 
     Args:
         rank: the number of columns of `F`, positive.
@@ -56,7 +58,8 @@ class PSDLowRank(Transform[Tensor]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
         spectrum, vectors = cast("tuple[Tensor, Tensor]", linalg.eigh((value + value.mH) / 2))
-        roots = spectrum[..., -self.rank :].clamp_min(0).sqrt()
+        noise = torch.finfo(spectrum.dtype).eps * spectrum[..., -1:].clamp_min(0)
+        roots = torch.maximum(spectrum[..., -self.rank :], noise).sqrt()
         factor = vectors[..., -self.rank :] * roots.unsqueeze(-2)
         return factor.contiguous(), {}  # LAPACK's columns are apart; optimizers flatten raw
 
