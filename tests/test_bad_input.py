@@ -280,6 +280,18 @@ def test_other_arguments_are_refused(make, error, message):
         (WeightStandardization(dim=2), (4, 3), "expects a tensor with a dimension 2; got shape"),
         (Ternary(dim=0), (4,), "expects more than one entry at each index of dimension 0; got"),
         (FakeQuantize(dim=1), (4,), "expects a tensor with a dimension 1; got shape (4,)"),
+        *(
+            (transform, shape, "expects a matrix with at least one row and one column; got shape")
+            for transform, shape in (
+                (Toeplitz(), (4, 0)),
+                (Kronecker((1, 1)), (0, 2)),
+                (Monarch(2), (4, 0)),
+                (VeRA(1), (3, 0, 2)),
+                (LoHa(1), (0, 3)),
+                (OFT(1), (0, 2)),
+            )
+        ),
+        (WeightStandardization(), (4, 0), "expects more than one entry at each index of dim"),
         (Reshape((6,), (2, 3)), (3, 2), "expects a shape that ends in (2, 3); got shape (3, 2)"),
         (Reshape((6,), (2, 3)), (3,), "expects a shape that ends in (2, 3); got shape (3,)"),
         (Permute((1, 0)), (2, 3, 4), "expects 2 dimensions; got shape (2, 3, 4)"),

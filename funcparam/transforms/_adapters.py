@@ -14,6 +14,7 @@ from funcparam.transforms._base import (
     State,
     Transform,
     expect_dim,
+    expect_filled,
     expect_matrix,
     expect_real,
     largest,
@@ -35,8 +36,8 @@ class DoRA(Transform[Mapping[str, Tensor]]):
     For a value of shape `(m, ...)`, flattened to a matrix `(m, n)` whose rows the norm runs
     over: raw is `{"A": (rank, n), "B": (m, rank), "magnitude": (m,)}`, state `{"base": W_0,
     "scale": s}`, both as in [`LoRA`][funcparam.transforms.LoRA]. Real dtypes. At init `B = 0`
-    and the magnitudes are the norms of the value's rows, so every value is kept; a row of zeros
-    stays 0.
+    and the magnitudes are the norms of the value's rows, so every value is kept. A row of zeros
+    has no direction: it stays 0, and does not train.
 
     The derivative is that of the formula. The paper's section 4.3, and peft, leave the norm out
     of it to save memory, which trains a little differently.
@@ -225,6 +226,7 @@ class VeRA(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+        expect_filled(self, value.flatten(1))
 
 
 @final
@@ -299,6 +301,7 @@ class LoHa(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+        expect_filled(self, value.flatten(1))
 
 
 def _beyond(transform: AnyTransform, value: Tensor, state: State, rank: int) -> Tensor:
@@ -378,6 +381,7 @@ class OFT(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+        expect_filled(self, value.flatten(1))
         if value.flatten(1).shape[1] % self.blocks:
             raise ValueError(
                 f"{self!r} expects a number of inputs that {self.blocks} divides;"

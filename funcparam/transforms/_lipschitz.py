@@ -174,6 +174,10 @@ class AOL(Transform[Tensor]):
                 f"{self!r} expects a convolution kernel: a matrix, of shape {tuple(value.shape)},"
                 " has no groups. Use AOL()"
             )
+        if value.ndim > 2 and value.numel() == 0:
+            raise ValueError(
+                f"{self!r} expects a kernel with entries; got shape {tuple(value.shape)}"
+            )
         expect_groups(self, value, self.groups)
 
 

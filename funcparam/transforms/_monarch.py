@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
-from funcparam.transforms._base import State, Transform, expect_matrix
+from funcparam.transforms._base import State, Transform, expect_filled, expect_matrix
 from funcparam.transforms._low_rank import balanced_factors, singular_value
 from funcparam.transforms._precision import full_precision
 
@@ -79,6 +79,7 @@ class Monarch(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+        expect_filled(self, value)
         if any(side % self.blocks for side in value.shape[-2:]):
             raise ValueError(
                 f"{self!r} expects a matrix with both sides divisible by {self.blocks};"

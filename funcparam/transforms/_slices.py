@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from funcparam.transforms._base import AnyTransform, expect_dim, expect_real
@@ -17,7 +19,7 @@ def expect_slices(transform: AnyTransform, value: Tensor, dim: int | None) -> No
     if dim is None:
         return
     expect_dim(transform, value, dim)
-    if value.ndim < 2 or value.numel() == value.shape[dim] != 0:
+    if prod(value.shape[d] for d in other_dims(value, dim)) < 2:
         raise ValueError(
             f"{transform!r} expects more than one entry at each index of dimension {dim};"
             f" got shape {tuple(value.shape)}"

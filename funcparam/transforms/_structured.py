@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument, keep_integers
-from funcparam.transforms._base import State, Transform, expect_matrix, expect_square, largest
+from funcparam.transforms._base import (
+    State,
+    Transform,
+    expect_filled,
+    expect_matrix,
+    expect_square,
+    largest,
+)
 from funcparam.transforms._low_rank import balanced_factors, singular_value
 from funcparam.transforms._precision import full_precision
 
@@ -110,6 +117,7 @@ class Toeplitz(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+        expect_filled(self, value)
 
 
 def _diagonal_numbers(m: int, n: int, device: torch.device) -> Tensor:
@@ -245,6 +253,7 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+        expect_filled(self, value)
         if any(side % part for side, part in zip(value.shape[-2:], self.left, strict=True)):
             raise ValueError(
                 f"{self!r} expects a matrix with sides divisible by {self.left};"
