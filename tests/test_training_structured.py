@@ -3,6 +3,8 @@
 At most 300 steps each; the optimum comes from a formula, or from numpy and scipy.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -11,29 +13,41 @@ import scipy.stats
 import torch
 
 import funcparam as fp
+import funcparam.transforms
 from funcparam.transforms import (
     AOL,
     IA3,
     OFT,
     Affine,
     BlockDiagonal,
+    Cat,
     Chain,
     Circulant,
     DoRA,
     DoublyStochastic,
     FakeQuantize,
+    Identity,
     Kronecker,
     LInfLipschitz,
     LoHa,
+    LoRA,
     LowRank,
+    Mask,
     Monarch,
     Orthogonal,
     Permute,
+    Positive,
     Reshape,
+    Skew,
+    SpecialOrthogonal,
+    SpectralNorm,
+    Stack,
+    Symmetric,
     Ternary,
     Toeplitz,
     Transpose,
     VeRA,
+    WeightNorm,
     WeightStandardization,
 )
 from tests.test_training_constraints import STEPS, close, trained
@@ -220,3 +234,85 @@ def test_orthogonal_procrustes_through_plumbing():
     W = trained(chain, M, distance(2 * M))
     U, _, Vh = scipy.linalg.svd(M.reshape(4, 12).numpy(), full_matrices=False)
     close(W.reshape(4, 12), 2 * U @ Vh, 1e-5)
+
+
+def test_rotation_between_point_clouds():
+    """Kabsch: of all rotations the one by the singular vectors, the last one turned if need be."""
+    M = randn(3, 3)
+    U, s, Vh = scipy.linalg.svd(M.numpy())
+    turn = np.sign(np.linalg.det(U @ Vh))
+    W = trained(SpecialOrthogonal(), torch.eye(3), lambda W: -(W * M).sum())
+    close((W * M).sum(), s[0] + s[1] + turn * s[2], 1e-9)
+    close(W, U @ np.diag([1, 1, turn]) @ Vh, 1e-5)
+
+
+@pytest.mark.parametrize(("transform", "sign"), [(Symmetric(), 1), (Skew(), -1)], ids=str)
+def test_regression_on_a_symmetric_or_skew_matrix(transform, sign):
+    """Setting the gradient's part of this kind to 0 gives a Sylvester equation."""
+    X, Y = randn(4, 20), randn(4, 20)
+    gram, cross = (X @ X.mT).numpy(), (Y @ X.mT).numpy()
+    expected = scipy.linalg.solve_sylvester(gram, gram, cross + sign * cross.T)
+    close(
+        trained(transform, torch.zeros(4, 4), lambda W: (W @ X - Y).square().sum()), expected, 1e-6
+    )
+
+
+def test_sparse_regression():
+    """Each row of a masked weight is the least-squares solution on the inputs it sees."""
+    X, Y = randn(5, 30), randn(3, 30)
+    pattern = torch.tensor([[1, 0, 1, 0, 1], [0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]).double()
+    W = trained(Mask(), pattern, lambda W: (W @ X - Y).square().sum())
+    for row, seen, y in zip(W, pattern == 1, Y, strict=True):
+        close(row[seen], scipy.linalg.lstsq(X[seen].mT.numpy(), y.numpy())[0], 1e-6)
+    assert W[pattern == 0].count_nonzero() == 0
+
+
+def test_low_rank_adaptation():
+    """Eckart and Young, of the change."""
+    base, change = randn(6, 5), randn(6, 5)
+    W = trained(LoRA(2), base, distance(base + change))
+    best = (scipy.linalg.svdvals(change.numpy())[2:] ** 2).sum()
+    close((W - base - change).square().sum(), best, 1e-8)
+
+
+def test_normalised_weights_lose_nothing():
+    """Least squares in lengths and directions."""
+    X, Y = randn(5, 30), randn(4, 30)
+    W = trained(WeightNorm(), randn(4, 5), lambda W: (W @ X - Y).square().sum())
+    close(W, scipy.linalg.lstsq(X.mT.numpy(), Y.mT.numpy())[0].T, 1e-5)
+
+
+def test_nearest_matrix_of_spectral_norm_one():
+    """The largest singular value becomes 1, if the others are below it."""
+    U, V = (scipy.linalg.qr(randn(4, 4).numpy())[0] for _ in range(2))
+    M = torch.from_numpy((U * [3.0, 0.6, 0.4, 0.1]) @ V.T)
+    W = trained(SpectralNorm(n_power_iterations=None), M, distance(M))
+    close(W, (U * [1.0, 0.6, 0.4, 0.1]) @ V.T, 1e-6)
+
+
+def test_pieces_with_constraints_of_their_own():
+    """Least squares with some coefficients bounded and some free."""
+    A, b = randn(30, 6), randn(30)
+    bounds = [0.0] * 3 + [-np.inf] * 3, [np.inf] * 6
+    expected = scipy.optimize.lsq_linear(A.numpy(), b.numpy(), bounds, tol=1e-14).x
+    start = torch.ones(6)
+    w = trained(Cat([Positive(), Identity()]), start, lambda w: (A @ w - b).square().sum())
+    close(w, expected, 1e-3)
+    rows = trained(
+        Stack([Positive(), Identity()]),
+        torch.ones(2, 6),
+        lambda w: (w @ A.mT - b).square().sum(),
+    )
+    close(rows[0], scipy.optimize.nnls(A.numpy(), b.numpy())[0], 1e-3)
+    close(rows[1], scipy.linalg.lstsq(A.numpy(), b.numpy())[0], 1e-6)
+
+
+def test_every_family_has_a_problem_of_its_own():
+    """All but those that are no map of their own: what is frozen, and what only composes."""
+    names = set(funcparam.transforms.__all__) - {
+        *("AnyTransform", "Raw", "State", "Transform", "from_constraint", "full_precision"),
+        *("transform", "Frozen"),
+    }
+    files = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    training = "".join(text for text in files if "trained(" in text)
+    assert [name for name in sorted(names) if f"{name}(" not in training] == []
