@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
+from operator import getitem, is_, itemgetter, setitem
 from threading import RLock
 from typing import Any, cast, final
 
@@ -15,7 +17,36 @@ Place = tuple[dict[str, Any], str]
 """The table of a submodule, and the key in it, under which a tensor is kept."""
 
 _values = cast("Any", dict.values)
-_tables: Any = attrgetter("_parameters", "_buffers", "_modules")
+_get = cast("Any", dict.get)
+_tables: Any = itemgetter("_parameters", "_buffers", "_modules")
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Where the tensors of one list of names go: to a place each, then to those tied to it."""
+
+    names: list[str]
+    tables: list[dict[str, Any]]
+    keys: list[str]
+    sources: list[int]
+    """Which of the names each further place has its tensor from."""
+
+    def take(self) -> list[Any]:
+        """Read from the tables."""
+        return list(map(getitem, self.tables, self.keys))
+
+    def put(self, tensors: list[Any]) -> None:
+        """Write into the tables."""
+        deque(map(setitem, self.tables, self.keys, tensors), maxlen=0)
+
+    def written(self, tensors: list[Any]) -> Iterator[tuple[str, Any]]:
+        """The names with another tensor in their first place than was put there."""
+        found: list[Any] = list(map(_get, self.tables, self.keys))
+        if all(map(is_, found, tensors)):
+            return
+        for i, name in enumerate(self.names):
+            if found[i] is not tensors[i] and self.keys[i] in self.tables[i]:
+                yield name, found[i]
 
 
 @final
@@ -60,10 +91,22 @@ class FunctionalCall:
         with self._lock:  # other threads wait; the same one may call again
             if self._picture() != self._prepared:
                 self._prepare()
-            places = self._places_of(params)
-            if places is None:
+            swap = self._swap_of(params)
+            if swap is None:
                 return self._by_torch(params, positional, kwargs, strict=False)
-            return self._swapped(params, places, positional, kwargs or {})
+            tensors = [*params.values()]
+            tensors += [tensors[i] for i in swap.sources]
+            try:
+                before = swap.take()
+            except KeyError:  # a tensor has another name by now
+                self._prepare()
+                return self(params, args, kwargs)
+            try:
+                swap.put(tensors)
+                return self.net(*positional, **(kwargs or {}))
+            finally:
+                params.update(swap.written(tensors))
+                swap.put(before)
 
     def __reduce__(self) -> Any:
         return FunctionalCall, (self.net,)
@@ -74,83 +117,58 @@ class FunctionalCall:
             self.net, params, args, None if kwargs is None else dict(kwargs), strict=strict
         )
 
-    def _places_of(self, params: dict[str, Tensor]) -> list[Place] | None:
-        """The place of each name; None if PyTorch has to say what to do with these names."""
-        try:
-            places = [self._place[name] for name in params]
-        except KeyError:
-            return None
+    def _swap_of(self, params: dict[str, Tensor]) -> Swap | None:
+        """Where these tensors go; None if PyTorch has to say what to do with them."""
         if not all(issubclass(kind, Tensor) for kind in set(map(type, params.values()))):
             return None
-        if self._aliases:
-            first = {(id(table), key) for table, key in places}
-            if len(first) < len(places):
-                return None  # several names of one tie
-        return places
+        names = list(params)
+        if self._last is None or self._last.names != names:
+            self._last = self._new_swap(names)
+        return self._last
 
-    def _swapped(
-        self,
-        params: dict[str, Tensor],
-        places: list[Place],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        items = list(params.items())
-        before = [table[key] for table, key in places]
-        tied = [name for name, _ in items if name in self._aliases] if self._aliases else []
-        try:
-            for (table, key), (_, value) in zip(places, items, strict=True):
-                table[key] = value
-            for name in tied:
-                _put(self._aliases[name], params[name])
-            return self.net(*args, **kwargs)
-        finally:
-            for (table, key), (name, value), old in zip(places, items, before, strict=True):
-                if table.get(key, value) is not value:
-                    params[name] = table[key]
-                table[key] = old
-            for name in tied:
-                _put(self._aliases[name], _get(self._place[name]))
+    def _new_swap(self, names: list[str]) -> Swap | None:
+        if not self._place.keys() >= set(names):
+            return None
+        places = [self._place[name] for name in names]
+        if len({(id(table), key) for table, key in places}) < len(places):
+            return None  # several names of one tie
+        further = [
+            (i, place) for i, name in enumerate(names) for place in self._aliases.get(name, ())
+        ]
+        places += [place for _, place in further]
+        tables, keys = [table for table, _ in places], [key for _, key in places]
+        return Swap(names, tables, keys, [i for i, _ in further])
 
     def _prepare(self) -> None:
         """Look up where every tensor of the tree is kept."""
         tree = cast(
             "Iterator[tuple[str, nn.Module]]", self.net.named_modules(remove_duplicate=False)
         )
-        modules: dict[int, nn.Module] = {}
+        modules: dict[int, dict[str, Any]] = {}
         holder: dict[str, int] = {}
         kept: dict[int, list[Place]] = {}
         for path, module in tree:
-            for table in _tables(module)[:2]:
+            for table in _tables(vars(module))[:2]:
                 for key, tensor in table.items():
                     if tensor is None:
                         continue
                     holder[f"{path}.{key}" if path else key] = id(tensor)
                     if id(module) not in modules:
                         kept.setdefault(id(tensor), []).append((table, key))
-            modules[id(module)] = module
-        self._modules = list(modules.values())
+            modules[id(module)] = vars(module)
         self._place = {name: kept[tensor][0] for name, tensor in holder.items()}
         shared = len(set(holder.values())) < len(holder)
         tied = holder.items() if shared else ()
         self._aliases = {name: kept[tensor][1:] for name, tensor in tied}
+        self._last: Swap | None = None
+        self._modules = list(modules.values())
         self._prepared = self._picture()
 
-    def _picture(self) -> list[Any]:
-        """All on which the places depend: classes, tables, children, and who shares a tensor."""
+    def _picture(self) -> list[int]:
+        """All on which the places depend: the tables, and the tensors and children in them."""
         tables: list[dict[str, Any]] = list(chain.from_iterable(map(_tables, self._modules)))
         entries = cast("Any", chain.from_iterable(map(_values, filter(None, tables))))
-        return [*map(type, self._modules), *map(id, tables), *map(id, entries)]
-
-
-def _get(place: Place) -> Any:
-    table, key = place
-    return table[key]
-
-
-def _put(places: list[Place], tensor: Any) -> None:
-    for table, key in places:
-        table[key] = tensor
+        return [*map(id, tables), *map(id, entries)]
 
 
 def functional_call(net: nn.Module) -> FunctionalCall:

@@ -160,6 +160,46 @@ def test_the_module_may_change_afterwards():
     assert_close(call(dict(params), (X,)), torch.func.functional_call(twin, dict(params), (X,)))
 
 
+def test_a_tensor_may_get_another_name():
+    net = nn.Linear(3, 3, bias=False)
+    call = fp.functional_call(net)
+    call({"weight": torch.zeros(3, 3)}, (X,))
+    weight = net.weight
+    del net.weight
+    net.register_parameter("other", weight)
+    zeros = {"weight": torch.zeros(3, 3)}  # under a name that is free now
+    assert_close(call(dict(zeros), (X,)), torch.func.functional_call(net, dict(zeros), (X,)))
+    assert net.other is weight
+    assert not hasattr(net, "weight")
+
+
+def test_a_new_tie_and_a_new_layer_are_seen():
+    net = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    net.forward = lambda x: [layer(x) for layer in net.values()]
+    call = fp.functional_call(net)
+    zeros = torch.zeros(3, 3)
+    call({"a.weight": zeros}, (X,))
+    net["b"].weight = net["a"].weight
+    net["c"] = nn.Linear(3, 3)
+    net["c"].weight = net["a"].weight
+    found = call({"a.weight": zeros}, (X,))
+    assert_close(found, torch.func.functional_call(net, {"a.weight": zeros}, (X,)))
+    assert_close(found, [layer.bias.expand(4, 3) for layer in net.values()])
+    assert net["b"].weight is net["c"].weight is net["a"].weight
+    net["a"]._parameters = dict(net["a"]._parameters)
+    assert_close(call({"a.weight": zeros}, (X,))[0], net["a"].bias.expand(4, 3))
+
+
+def test_other_names_next_time():
+    net = nn.Linear(3, 3)
+    call = fp.functional_call(net)
+    zeros = torch.zeros(3, 3)
+    assert_close(call({"weight": zeros, "bias": zeros[0]}, (X,)), X * 0)
+    assert_close(call({"weight": zeros}, (X,)), net.bias.expand(4, 3))
+    assert_close(call({"bias": zeros[0], "weight": zeros}, (X,)), X * 0)
+    assert_close(call({}, (X,)), net(X))
+
+
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
@@ -240,6 +280,14 @@ def test_it_holds_nothing_of_a_call():
     W = torch.rand(3, 3)
     held = weakref.ref(W)
     call({"weight": W}, (X,))
+    del W
+    gc.collect()
+    assert held() is None
+    net = Nested()
+    call = fp.functional_call(net)
+    W = torch.rand(3, 3)
+    held = weakref.ref(W)
+    call({"layer.weight": W}, (X,), {"call": call})
     del W
     gc.collect()
     assert held() is None
