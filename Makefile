@@ -32,6 +32,10 @@ coverage: $(READY) ## Run all tests, and say which lines and branches they miss
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+.PHONY: mutation
+mutation: $(READY) ## Change lines of transforms/ and see that a test fails; ARGS="--count 10 FILE"
+	$(BIN)/python -m tests.mutation $(ARGS)
+
 .PHONY: lint
 lint: $(READY) ## Check style and format
 	$(BIN)/ruff check .
