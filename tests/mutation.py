@@ -72,10 +72,22 @@ def _annotated(node):
 def sample(path, count):
     source = path.read_text()
     found = mutants(source)
-    chosen = random.Random(path.name).sample(sorted(found), min(count, len(found)))
-    for start in chosen:
+    places = sorted(found)
+    random.Random(path.name).shuffle(places)
+    for start in places:
         operator, occurrence, name = random.Random(str(start)).choice(found[start])
-        yield start[0], name.removeprefix("core/"), mutate_code(source, operator, occurrence)
+        mutant = mutate_code(source, operator, occurrence)
+        if count and _compiles(mutant):
+            count -= 1
+            yield start[0], name.removeprefix("core/"), mutant
+
+
+def _compiles(code):
+    """Whether it is Python; the mark of keyword-only arguments is mutated like a product."""
+    try:
+        return bool(compile(code, "mutant", "exec"))
+    except SyntaxError:
+        return False
 
 
 def tests_of(path):
