@@ -69,6 +69,7 @@ def draw(generator, tasks=TASKS):
 def meta_loss(values, net, steps=STEPS):
     """The query error of each task before and after each inner step, as a function of raw."""
 
+    # --8<-- [start:adapt]
     def error(raw, x, y):
         return (functional_call(net, values(raw), (x,)) - y).square().mean()
 
@@ -81,6 +82,7 @@ def meta_loss(values, net, steps=STEPS):
         return torch.stack(errors)
 
     return lambda raw, batch: vmap(adapt, (None, 0, 0, 0, 0))(raw, *batch).mean(0)
+    # --8<-- [end:adapt]
 
 
 def train(loss, raw, iterations, label, seed=0):

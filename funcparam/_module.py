@@ -176,7 +176,7 @@ class Parametrized(nn.Module):
     def rebase(self) -> None:
         """Move base points to the current values, in place; see [`Parametrization.rebase`][].
 
-        An optimizer's momentum belongs to the old raw: start it anew.
+        An optimizer's momentum belongs to the old raw: set it to zero.
         """
         raw, state = self.raw_and_state()
         with torch.no_grad():

@@ -150,7 +150,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     def rebase(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Raw], dict[str, State]]:
         """Move base points to the current values, which stay as they are.
 
-        An optimizer's momentum belongs to the old raw: start it anew. Source: dynamic
+        An optimizer's momentum belongs to the old raw: set it to zero. Source: dynamic
         trivializations, Lezcano-Casado, arXiv 1909.09501.
         """
         self._check(raw, state)

@@ -1,5 +1,6 @@
 """Every example runs, and prints what it claims."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -68,3 +69,75 @@ def test_lora(tmp_path):
         assert all(float(difference) < 1e-4 for difference in differences)
     assert float(re.search(r"logits differ by (\S+) from one by one", out)[1]) < 1e-4
     assert float(re.search(r"Classifier: logits differ by (\S+)", out)[1]) < 1e-4
+
+
+def test_ensemble(tmp_path):
+    picture = tmp_path / "ensemble.png"
+    command = [sys.executable, ROOT / "examples" / "ensemble.py", "--quick", "--out", picture]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert float(re.search(r"they differ by (\S+)", out)[1]) < 1e-5
+    for kind in ("clean", "noisy"):
+        single, average = (
+            [float(number) for number in re.search(rf"^{kind} +{row} +(.+)", out, re.M)[1].split()]
+            for row in ("members, mean", "their average")
+        )
+        assert average[0] > 0.5
+        assert average[2] < single[2]  # log-loss, by Jensen's inequality
+    bounds = [[float(n) for n in row] for row in rows(out, after="bound  largest", columns=5)]
+    assert len(bounds) == 8
+    assert all(largest <= bound for bound, largest, *_ in bounds)
+    assert bounds[0][3] < bounds[-1][3]  # a small bound keeps the network from being sure
+    ranks = [[float(n) for n in row] for row in rows(out, after="rank  trained", columns=6)]
+    assert [row[1] for row in ranks] == [202 * row[0] for row in ranks]
+    assert ranks[0][2] < ranks[1][2] < ranks[-1][2]
+    assert ranks[0][3] == ranks[0][4]  # rank 0 is the same frozen network from every seed
+    assert all(row[5] < 1e-4 for row in ranks)
+
+
+def test_compiled_training(tmp_path):
+    picture = tmp_path / "compiled.png"
+    program = ROOT / "examples" / "compiled_training.py"
+    command = [sys.executable, program, "--quick", "--out", picture]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    graphs, breaks = re.search(r"^funcparam, compiled +\S+ +\S+ +(\d+) +(\d+)", out, re.M).groups()
+    assert (graphs, breaks) == ("1", "0")
+    assert float(re.search(r"steps differ by at most (\S+)", out)[1]) < 1e-4
+    assert "1 graph in all, 0 compiled again" in out
+    before, after = re.search(r"unseen text: (\S+) before, (\S+) after", out).groups()
+    assert float(after) < 0.8 * float(before)
+    assert float(re.search(r"orthogonal to (\S+)", out)[1]) < 1e-5
+
+
+def test_orthogonal_rnn(tmp_path):
+    picture = tmp_path / "orthogonal_rnn.png"
+    command = [sys.executable, ROOT / "examples" / "orthogonal_rnn.py", "--quick", "--out", picture]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    copying, adding = out.split("adding", 1)
+    baseline = float(re.search(r"without memory (\S+)", copying)[1])
+    losses = {
+        (name, seed): float(row.split()[3])
+        for name, seed, row in re.findall(r"^(\w+) +\d+ +(\d)(.+)", copying, re.M)
+    }
+    assert len(losses) == 4
+    for seed in "01":
+        assert losses["orthogonal", seed] < 0.7 * baseline
+        assert losses["LSTM", seed] > 0.9 * baseline
+    notes = re.findall(
+        r"^orthogonal: .*I\| (\S+); raw up to (\S+) long; rebase .* by (\S+)$", out, re.MULTILINE
+    )
+    assert len(notes) == 2
+    for violation, length, change in notes:
+        assert float(violation) < 1e-5
+        assert float(length) > 0.05
+        assert float(change) < 1e-5
+    assert re.search(r"^base kept +4417 +0 ", adding, re.MULTILINE)
+
+
+def rows(text, after, columns):
+    """The rows of numbers below the head of a table."""
+    lines = text[text.index(after) :].splitlines()[1:]
+    table = itertools.takewhile(str.strip, lines)
+    return [line.split() for line in table if len(line.split()) == columns]
