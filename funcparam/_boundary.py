@@ -89,7 +89,8 @@ def check_raw_tree(entries: Sequence[Entry], raw: RawTree) -> None:
     """Raise for the first thing that is wrong with raw, naming its path."""
     if not isinstance(raw, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f"raw: expected a dict; got {describe(raw)}. raw, state = p.init(...) makes it"
+            f"raw: expected a dict; got {describe(raw)}. raw, state = p.init(net) makes it, and"
+            " model.raw_and_state() has that of a Parametrized"
         )
     known = {name: entry for entry in entries for name in entry.names}
     for name in raw:
@@ -108,7 +109,8 @@ def check_state_tree(entries: Sequence[Entry], state: StateTree) -> None:
     """Raise for the first thing that is wrong with state, naming its path."""
     if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f"state: expected a dict; got {describe(state)}. raw, state = p.init(...) makes it"
+            f"state: expected a dict; got {describe(state)}. raw, state = p.init(net) makes it, and"
+            " model.raw_and_state() has that of a Parametrized"
         )
     chosen = [entry for entry in entries if entry.transform is not None]
     for entry in chosen:

@@ -88,6 +88,15 @@ def compiled_call():
     call(ONE[:, :2])
 
 
+def written_before_backward():
+    net = nn.Linear(512, 512)
+    model = fp.Parametrized(net, fp.parametrize(net, {"weight": WeightNorm()}), recompute=True)
+    out = model(torch.ones(1, 512)).sum()
+    with torch.no_grad():
+        model.raw.weight.magnitude.mul_(2)
+    out.backward()
+
+
 class Untied(nn.Module):
     def __init__(self):
         super().__init__()
