@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import funcparam as fp
+from funcparam import _call
 from funcparam.transforms import LoRA, Orthogonal, SpectralNorm, WeightNorm
 
 RULES = {
@@ -23,11 +24,11 @@ RULES = {
 }
 
 
-def model_and_data():
+def model_and_data(*, recompute=False):
     torch.manual_seed(0)
     layers = [layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.Tanh())]
     net = nn.Sequential(*layers).double()
-    model = fp.Parametrized(net, fp.parametrize(net, RULES))
+    model = fp.Parametrized(net, fp.parametrize(net, RULES), recompute=recompute)
     return model, torch.randn(8, 6).double()
 
 
@@ -50,8 +51,9 @@ def full(tensor):
 def worker(rank, port, kind, results):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    model, x = model_and_data()
-    wrapped = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model)
+    _call.SMALLEST = 0  # in this process: every value counts as large
+    model, x = model_and_data(recompute="recompute" in kind)
+    wrapped = DistributedDataParallel(model) if "ddp" in kind else fully_shard(model)
     losses = train(wrapped, [x[4 * rank :][:4]] * 3)
     dist.all_reduce(losses)
     values = {name: full(t).detach() for name, t in model.state_dict().items()}
@@ -64,7 +66,7 @@ def worker(rank, port, kind, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard", "ddp, recompute", "fully_shard, recompute"])
 def test_two_processes_equal_one(kind):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
