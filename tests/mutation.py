@@ -90,7 +90,7 @@ def _compiles(code):
         return False
 
 
-def tests_of(path):
+def arguments_of(path):
     """The arguments of pytest for a file: its tests, and which of them."""
     if path.stem in OF_HELPERS:
         return [
@@ -158,7 +158,7 @@ def main():
         del sys.modules["tests"]  # the copy has its own
         for path in files:
             original = path.read_text()
-            arguments = tests_of(path)
+            arguments = arguments_of(path)
             if killed(arguments, 10 * options.seconds):
                 sys.exit(f"{path}: its tests fail, or there are none, without any change")
             for line, what, mutant in sample(path, options.count):
