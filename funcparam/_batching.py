@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any, cast, final
+from typing import Any, TypeAlias, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from funcparam._boundary import Entry, RawTree, StateTree
-from funcparam.transforms._base import AnyTransform, State, Transform
+from funcparam.transforms._base import AnyTransform, Raw, State, Transform
 
 _NOTHING: State = MappingProxyType({})
+
+Stack: TypeAlias = "tuple[Any, State]"
+"""Raw and state of a group, each tensor with the leaves along dimension 0."""
 
 _PLAIN = frozenset({nn.Parameter, Tensor})
 
@@ -91,8 +94,9 @@ class Plan:
         """Advance what evolves."""
         new = dict(state)
         for transform, names in self._stacks:
-            if names[0] in state and _evolves(transform):
-                new.update(zip(names, _update(transform, names, raw, state), strict=True))
+            if _evolves(transform):
+                own, _ = _advanced(transform, *_gathered(names, raw, state))
+                new.update((name, s) for name, s in zip(names, own, strict=True) if s)
         for transform, name in self._single:
             if name in state:
                 new[name] = transform.update(raw[name], state[name])
@@ -108,30 +112,35 @@ def _evaluate(
     advance: bool = False,
 ) -> tuple[Sequence[Tensor], Sequence[State]]:
     """Map raw to the values of a stacked group in one call, and with `advance` its state first."""
-    raws, states = [raw[name] for name in names], [state.get(name, _NOTHING) for name in names]
-    advance = advance and _evolves(transform) and len(states[0]) > 0
-    stack, own = _stack(raws), _stack(states)
-    if stack is None or own is None:
-        if advance:
-            with torch.no_grad():
-                states = list(map(transform.update, raws, states))
-        return list(map(transform.forward, raws, states)), states
-    if advance:
+    raws, states, stack = _gathered(names, raw, state)
+    if advance and _evolves(transform):
         with torch.no_grad():
-            own = transform.update_stacked(stack, own)
-            states = _apart(own)
-    return transform.forward_stacked(stack, own).unbind(), states
+            states, stack = _advanced(transform, raws, states, stack)
+    if stack is None:
+        return list(map(transform.forward, raws, states)), states
+    return transform.forward_stacked(*stack).unbind(), states
 
 
-def _update(
-    transform: AnyTransform, names: Sequence[str], raw: RawTree, state: StateTree
-) -> Sequence[State]:
-    """Advance the state of a stacked group, in one call."""
-    raws, states = [raw[name] for name in names], [state[name] for name in names]
-    stack, own = _stack(raws), _stack(states)
-    if stack is None or own is None:
-        return list(map(transform.update, raws, states))
-    return _apart(transform.update_stacked(stack, own))
+def _advanced(
+    transform: AnyTransform, raws: Sequence[Raw], states: Sequence[State], stack: Stack | None
+) -> tuple[Sequence[State], Stack | None]:
+    """Update the state of a stacked group; what has none has nothing to update."""
+    if not states[0]:
+        return states, stack
+    if stack is None:
+        return list(map(transform.update, raws, states)), None
+    raw, own = stack
+    own = transform.update_stacked(raw, own)
+    return _apart(own), (raw, own)
+
+
+def _gathered(
+    names: Sequence[str], raw: RawTree, state: StateTree
+) -> tuple[Sequence[Raw], Sequence[State], Stack | None]:
+    """Raw and state of a group, one by one and, unless they are of several kinds, as a stack."""
+    raws, states = [raw[name] for name in names], [state.get(name, _NOTHING) for name in names]
+    whole, own = _stack(raws), _stack(states)
+    return raws, states, None if whole is None or own is None else (whole, own)
 
 
 def _evolves(transform: AnyTransform) -> bool:

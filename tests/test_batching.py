@@ -169,6 +169,16 @@ def stack_of(transform, shape=(4, 4), **kwargs):
     return p, raw, state
 
 
+@pytest.mark.parametrize("given", [[], ["w0"], ["w2", "w1"], ["w0", "w1", "w2", "w3"]], ids=str)
+def test_an_empty_state_may_be_given_or_left_out(given):
+    p, raw, _ = stack_of(SpectralNorm(n_power_iterations=None))
+    state = {name: {} for name in given}
+    assert p.update(raw, state) == state
+    values, new = p.advance(raw, state)
+    assert new == state
+    assert_close(values, p(raw, state))
+
+
 def test_a_frozen_leaf_in_a_stack():
     p, raw, state = stack_of(Orthogonal())
     raw["w0"].requires_grad_()
