@@ -88,3 +88,11 @@ def test_what_is_not_fused_is_composed():
 def assert_not(condition):
     assert not condition
     return torch.zeros(())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_magnitude_of_another_precision_is_composed(dtype):
+    v = torch.randn(4, 3, dtype=torch.float64)
+    g = torch.rand(4, 1, dtype=dtype)
+    value = WeightNorm().forward({"magnitude": g, "direction": v}, {})
+    assert_close(value, composed(g, v, 0))

@@ -27,6 +27,7 @@ def can_fuse(magnitude: Tensor, direction: Tensor) -> bool:
     return (
         not _transforms_active()
         and direction.dtype in (torch.float32, torch.float64)
+        and magnitude.dtype == direction.dtype
         and type(direction) in (nn.Parameter, Tensor)
         and type(magnitude) in (nn.Parameter, Tensor)
         and direction.is_contiguous()
