@@ -187,6 +187,27 @@ def test_determinant_one(dtype):
         close(determinant, torch.ones(2, dtype=dtype), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [[[2e3, 0.0], [0.0, 1e-3]], [[2e3, 0.0], [0.0, -5e-4]], [[2e3, 0.0], [0.0, -5e-4j]]],
+    ids=["determinant 2", "determinant -1", "determinant -i"],
+)
+def test_a_least_singular_value_near_rounding_keeps_no_other_determinant(value):
+    value = torch.tensor(value)
+    moved_value = SpecialLinear().forward(*SpecialLinear().right_inverse(value))
+    determinant = torch.linalg.det(moved_value)
+    close(determinant, torch.ones_like(determinant), atol=1e-5, rtol=0)
+
+
+def test_large_random_matrices_get_determinant_one():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(100, 96, 96, generator=generator, dtype=torch.float32)
+    value = SpecialLinear().forward(*SpecialLinear().right_inverse(X))
+    sign, size = torch.linalg.slogdet(value.double())
+    assert (sign == 1).all()
+    assert size.abs().amax() < 0.1
+
+
 @pytest.mark.parametrize("transform", [Invertible(), SpecialLinear()], ids=str)
 def test_a_stack_is_evaluated_like_each(transform):
     values = {f"w{i}": randn(4, 4) for i in range(transform.stacks_from)}

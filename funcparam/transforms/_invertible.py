@@ -111,6 +111,10 @@ class Invertible(Transform[Tensor]):
         expect_square(self, value)
 
 
+# From a logarithm of 1 that is farther off than this a determinant is not 1, whatever its rounding.
+_FAR = 0.1
+
+
 @final
 @dataclass(frozen=True)
 class SpecialLinear(Transform[Tensor]):
@@ -125,7 +129,7 @@ class SpecialLinear(Transform[Tensor]):
     the imaginary part of the diagonal goes to `A`, twice, less its mean.
 
     State `{"base"}` holds `B`, where init writes the value; raw starts at 0. A value of
-    determinant 1, to the rounding of its entries, is kept. Any other invertible one has its last
+    determinant 1, to the rounding of its entries and within a tenth, is kept. Any other invertible one has its last
     column divided by the sign of the determinant (its phase, if complex), and then everything by
     the root `|det|^(1/n)`. `rebase` moves the base point. There is no log-determinant: raw has
     one coordinate more than such a matrix, a common factor of the diagonal.
@@ -193,9 +197,11 @@ def _expect_invertible(transform: AnyTransform, value: Tensor) -> None:
 def _to_determinant_one(value: Tensor) -> Tensor:
     spectrum: Tensor = linalg.svdvals(value)
     n, eps = value.shape[-1], torch.finfo(value.dtype).eps
-    # a determinant is off by its condition number, and a factor would move all entries by that
-    kept = _offset(value, spectrum) <= 4 * n * eps * spectrum[..., 0]
     sign, size = _slogdet(value)
+    # a determinant is off by its condition number, and a factor would move all entries by that
+    near = _offset(value, spectrum) <= 4 * n * eps * spectrum[..., 0]
+    # where the least singular value is itself of that size, every determinant is near
+    kept = near & (size.abs() <= _FAR) & ((sign - 1).abs() <= _FAR)
     last = value[..., -1:] / sign[..., None, None]
     scale = torch.exp(-size / n)[..., None, None]
     moved = torch.cat([value[..., :-1], last], -1) * scale
