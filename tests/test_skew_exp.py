@@ -79,6 +79,15 @@ def test_members_of_a_batch_are_no_worse_than_torchs(norms):
         assert orthogonality <= their_orthogonality + 4 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("n", [2, 5, 33])
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e5, 1e6, 1e7])
+def test_orthogonal_at_large_entries(size, n):
+    generator = torch.Generator().manual_seed(0)
+    X = size * torch.randn(8, n, n, generator=generator, dtype=torch.float32)
+    Q = skew_exp(X - X.mT).double()
+    assert (Q.mT @ Q - torch.eye(n).double()).abs().amax() < 2e-6
+
+
 def test_what_has_no_norm_to_read():
     A = skew(4, 3.0, torch.float32)
     assert skew_exp(A.to("meta")).shape == (4, 4)

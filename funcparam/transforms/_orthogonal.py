@@ -57,7 +57,8 @@ class Orthogonal(Transform[Tensor]):
 
     The columns are orthonormal to rounding after any number of steps, weight decay included:
     nothing is accumulated. In float32 that holds for entries of raw up to about 1e3;
-    `"householder"` and `"qr"` go on to 1e10.
+    `"matrix_exp"` goes on to 1e7 where it is not compiled or exported, `"householder"` and `"qr"`
+    to 1e10.
 
     Args:
         map: `"matrix_exp"`, `"cayley"`, `"householder"`, `"qr"` or `"newton_schulz"`.

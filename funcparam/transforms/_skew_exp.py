@@ -17,9 +17,15 @@ _X5, _X6 = 11 * (_R - 1) / (1260 * _X3), 11 * (_R - 9) / (5040 * _X3)
 _X7 = (89 - _R) / (5040 * _X3**2)
 _Y2 = (857 - 58 * _R) / 630
 
+# Squarings after which what they have doubled is still small enough for its square to vanish.
+_CORRECTED_EVERY = 8
+
 
 def skew_exp(A: Tensor) -> Tensor:
-    """exp(A), orthogonal to rounding at any norm, by a Taylor polynomial and squarings.
+    """exp(A), orthogonal to rounding, by a Taylor polynomial and squarings.
+
+    In float32 up to entries of 1e7. Where no norm can be read (compiled, exported), PyTorch's
+    `matrix_exp` takes the squarings at once, and that holds up to entries of about 1e3.
 
     The polynomial has degree 8 and takes three products. Source: Bader, Blanes and Casas,
     Computing the matrix exponential with an optimized Taylor polynomial approximation,
@@ -40,6 +46,8 @@ def skew_exp(A: Tensor) -> Tensor:
     for i in range(most):
         square = power @ power
         power = square if alike or i < least else torch.where(i < doublings, square, power)
+        if i % _CORRECTED_EVERY == _CORRECTED_EVERY - 1:
+            power = _nearest_orthogonal(power)
     return _nearest_orthogonal(power) if most else power
 
 
