@@ -80,11 +80,11 @@ POSITIVE_INTEGER = (
     [2.5, 2.0, "2", True, None, torch.tensor(2)],
     [0, -1],
 )
-NUMBER = "a finite number", ["1", True, 1j, torch.tensor(1.0)], [math.nan, math.inf, -math.inf]
+NUMBER = "a finite number", ["1", True, 1j, torch.tensor(1.0)], [math.nan, -math.inf, 10**400]
 POSITIVE_NUMBER = (
     "a positive finite number",
     ["1", True, None, torch.tensor(1.0)],
-    [0, -1e-3, math.nan, math.inf],
+    [0, -1e-3, math.nan, math.inf, 10**400],
 )
 FLAG = "one of True, False", [], ["yes", None, 2]
 ORTHOGONAL_MAPS = "one of 'matrix_exp', 'cayley', 'householder'"
@@ -225,6 +225,8 @@ def test_other_arguments_are_refused(make, error, message):
         (FixedRank(3), (4, 2), "expects a matrix with both sides at least 3; got shape (4, 2)"),
         (FixedRank(1), (4,), "expects a matrix or batch of matrices; got shape (4,)"),
         (Invertible(), (3, 2), "expects a square matrix or a batch of them; got shape (3, 2)"),
+        (Invertible(), (0, 0), "expects a matrix with at least one row and one column; got shape"),
+        (SpecialLinear(), (2, 0, 0), "expects a matrix with at least one row and one column"),
         (SpecialLinear(), (3, 2), "expects a square matrix or a batch of them; got shape (3, 2)"),
         (WeightNorm(dim=2), (3, 3), "expects a tensor with a dimension 2; got shape (3, 3)"),
         (WeightNorm(), (), "expects a tensor with a dimension 0; got shape ()"),

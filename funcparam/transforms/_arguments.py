@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isfinite
+from sys import float_info
 from typing import Any
 
 
@@ -17,10 +17,15 @@ class Kind:
     fits: Callable[[float], bool]
 
 
+def is_finite(number: float) -> bool:
+    """Whether a number is a finite float; an integer may be too large for one."""
+    return -float_info.max <= number <= float_info.max
+
+
 INTEGER = Kind("an integer", (int,), lambda _: True)
 POSITIVE_INTEGER = Kind("a positive integer", (int,), lambda n: n > 0)
-NUMBER = Kind("a finite number", (int, float), isfinite)
-POSITIVE_NUMBER = Kind("a positive finite number", (int, float), lambda x: x > 0 and isfinite(x))
+NUMBER = Kind("a finite number", (int, float), is_finite)
+POSITIVE_NUMBER = Kind("a positive finite number", (int, float), lambda x: x > 0 and is_finite(x))
 
 
 def expect_argument(transform: object, name: str, kind: Kind, *, optional: bool = False) -> None:

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite, log
+from math import log
 from typing import cast, final
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from funcparam.transforms._arguments import Kind, expect_argument
+from funcparam.transforms._arguments import Kind, expect_argument, is_finite
 from funcparam.transforms._base import (
     State,
     Transform,
@@ -21,7 +21,7 @@ from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
 from funcparam.transforms._softplus import inverse_softplus, softplus
 
-_EPS = Kind("a finite number, at least 0", (int, float), lambda x: x >= 0 and isfinite(x))
+_EPS = Kind("a finite number, at least 0", (int, float), lambda x: x >= 0 and is_finite(x))
 
 
 @final

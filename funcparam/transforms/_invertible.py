@@ -12,6 +12,7 @@ from funcparam.transforms._base import (
     State,
     Transform,
     expect_all,
+    expect_filled,
     expect_square,
     largest,
 )
@@ -43,7 +44,8 @@ class Invertible(Transform[Tensor]):
       + \sum_k (n - k + 1) \log R_{kk} - \tfrac12 \log(1 + X_{kk}^2)$$
 
     Raises:
-        ValueError: at `fp.parametrize`, if the value is not square; at init, if it is singular to
+        ValueError: at `fp.parametrize`, if the value is not square or has no rows; at
+            init, if it is singular to
             rounding.
 
     Example:
@@ -109,6 +111,7 @@ class Invertible(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_square(self, value)
+        expect_filled(self, value)
 
 
 # From a logarithm of 1 that is farther off than this a determinant is not 1, whatever its rounding.
@@ -140,7 +143,8 @@ class SpecialLinear(Transform[Tensor]):
     diagonal.
 
     Raises:
-        ValueError: at `fp.parametrize`, if the value is not square; at init, if it is singular to
+        ValueError: at `fp.parametrize`, if the value is not square or has no rows; at
+            init, if it is singular to
             rounding.
 
     Example:
@@ -187,6 +191,7 @@ class SpecialLinear(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_square(self, value)
+        expect_filled(self, value)
 
 
 def _expect_invertible(transform: AnyTransform, value: Tensor) -> None:

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import INTEGER, NUMBER, Kind, expect_argument, keep_integers
+from funcparam.transforms._arguments import (
+    INTEGER,
+    NUMBER,
+    Kind,
+    expect_argument,
+    is_finite,
+    keep_integers,
+)
 from funcparam.transforms._base import State, Transform, expect_dim
 from funcparam.transforms._precision import full_precision
 
-_FACTOR = Kind("a finite number that is not 0", (int, float), lambda x: x != 0 and isfinite(x))
+_FACTOR = Kind("a finite number that is not 0", (int, float), lambda x: x != 0 and is_finite(x))
 
 
 @final
