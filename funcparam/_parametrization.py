@@ -206,7 +206,9 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         """Map parameters to raw and state such that `p(raw, state)` gives them back.
 
         The differentiable map behind [`init`][..init]: its results may share memory with
-        `params`. Errors are the same, but nothing asks whether values are finite.
+        `params`. Errors are the same, but nothing asks whether values are finite. Through a
+        singular value decomposition (`FixedRank`, `AlmostOrthogonal`) gradients are NaN where
+        singular values are equal.
         """
         return self._invert(params, generator, finite=False)
 

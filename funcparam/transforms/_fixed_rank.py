@@ -25,8 +25,9 @@ class FixedRank(Transform[Mapping[str, Tensor]]):
     For a value of shape `(..., m, n)` raw is `{"U": (..., m, rank), "S": (..., rank),
     "V": (..., n, rank)}`, with a real `S`. `U` and `V` are directions in which two orthonormal
     frames, state `{"base_U", "base_V"}`, are moved as [`Stiefel`][funcparam.transforms.Stiefel]
-    does: a step takes about `(m + n) rank^2` operations besides the product. Nothing is
-    factorised, so equal singular values do no harm. Where `S` falls below -103 in float32 (-745
+    does: a step takes about `(m + n) rank^2` operations besides the product. `forward` factorises
+    nothing, so equal singular values do no harm in training; gradients through `right_inverse`,
+    which takes the decomposition, are NaN there. Where `S` falls below -103 in float32 (-745
     in float64) softplus is 0, and the rank drops.
 
     Real and complex. A value of this rank is kept, one of a higher rank goes to the nearest, its
