@@ -16,6 +16,21 @@ def test_weight_norm_of_a_row_of_zeros_is_kept_and_trains():
     assert g["magnitude"][0] != 0
 
 
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-24, 1e-19, 1e19, 1e20, 1e37])
+def test_weight_norm_keeps_values_whose_squares_vanish_or_overflow(scale, dim):
+    value = torch.tensor([[3.0, 4.0], [4.0, 3.0]]).mul(scale)
+    norm = WeightNorm(dim)
+    raw, state = norm.right_inverse(value)
+    torch.testing.assert_close(norm.forward(raw, state), value, rtol=1e-6, atol=1e-44)
+    length = torch.linalg.vector_norm(value.double(), dim=None if dim is None else 1 - dim)
+    torch.testing.assert_close(
+        raw["magnitude"].flatten().double(), length.reshape(-1), rtol=1e-6, atol=2e-45
+    )
+    ordinary = torch.randn(2, 2)
+    assert torch.equal(norm.right_inverse(ordinary)[0]["direction"], ordinary)
+
+
 @pytest.mark.parametrize("n_power_iterations", [1, None])
 def test_spectral_norm_of_zero_is_zero_with_finite_gradients(n_power_iterations):
     norm = SpectralNorm(n_power_iterations=n_power_iterations)

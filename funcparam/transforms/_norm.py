@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, final
 
 import torch
@@ -23,8 +24,9 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
 
     Raw is `{"magnitude": g, "direction": V}`; `V` has the shape of the value, `g` has size 1 in
     every dimension that the norm runs over. Real dtypes. The right inverse is exact for every
-    value, slices of zeros included, of which the squares of norms are normal numbers: in float32,
-    norms from 1e-19 to 1e19. Beyond that scale the weight first.
+    value whose norms are finite, slices of zeros included. The direction is the value itself where
+    the squares of its norms are normal numbers (in float32, norms from 1e-19 to 1e19); beyond, it
+    is divided by its largest entry.
 
     Written in composed operations: unlike `torch._weight_norm`, second-order gradients, `jvp`
     and `vmap` are right.
@@ -78,10 +80,12 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
-        norm = self._norm(value)
+        scale = self._scale(value.detach())
+        scaled = value / scale
+        norm = self._norm(scaled)
         # Zeros have no direction; any will do, and one with a norm keeps gradients finite.
-        direction = torch.where(norm == 0, torch.ones_like(value), value)
-        return {"magnitude": norm, "direction": direction}, {}
+        direction = torch.where(norm == 0, torch.ones_like(value), scaled)
+        return {"magnitude": norm * scale, "direction": direction}, {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Zero: every tensor is the product of a magnitude and a direction."""
@@ -92,12 +96,21 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
         if self.dim is not None:
             expect_dim(self, value, self.dim)
 
-    def _norm(self, tensor: Tensor, stacked: int = 0) -> Tensor:
+    def _scale(self, value: Tensor) -> Tensor:
+        """1, or the largest entry where squares of the norm would vanish or overflow."""
+        norm = self._norm(value)
+        if value.numel() == 0:  # has no largest entry
+            return torch.ones_like(norm)
+        size = self._norm(value, order=inf)
+        usual = (norm >= torch.finfo(value.dtype).tiny ** 0.5) & (norm < inf)
+        return torch.where(usual | (size == 0), 1, size)
+
+    def _norm(self, tensor: Tensor, stacked: int = 0, order: float = 2) -> Tensor:
         """The norm over all dimensions but `dim` and the first ones, of a stack."""
         own = tensor.ndim - stacked
         kept = own if self.dim is None else self.dim % own
         others = [stacked + i for i in range(own) if i != kept]
         if not others:  # vector_norm takes an empty dim for all dimensions
             return tensor.abs()
-        norm: Tensor = linalg.vector_norm(tensor, dim=others, keepdim=True)
+        norm: Tensor = linalg.vector_norm(tensor, order, dim=others, keepdim=True)
         return norm
