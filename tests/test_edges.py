@@ -50,6 +50,23 @@ def test_spectral_norm_recovers_from_zero():
     assert norm.violation(norm.forward(raw, state), state) < 1e-4
 
 
+@pytest.mark.parametrize("forward", ["update", "update_stacked"])
+def test_power_iteration_keeps_its_vectors_where_a_norm_overflows(forward):
+    norm = SpectralNorm()
+    value = torch.full((4, 4), 2e19)
+    raw, state = norm.right_inverse(value)
+    if forward == "update":
+        state = norm.update(raw, state)
+    else:
+        state = {
+            name: vector[0]
+            for name, vector in norm.update_stacked(
+                raw[None], {name: vector[None] for name, vector in state.items()}
+            ).items()
+        }
+    assert norm.violation(norm.forward(raw, state), state) < 1e-4
+
+
 def test_spectral_norm_of_a_turned_sign_stays_bounded():
     norm = SpectralNorm()
     _, state = norm.right_inverse(torch.eye(2))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, final
 
 import torch
@@ -142,9 +143,11 @@ class SpectralNorm(Transform[Tensor]):
             )
 
     def _direction(self, vector: Tensor, last: Tensor) -> Tensor:
-        """`vector` with norm 1; the last one where it is zero, from which nothing would return."""
+        """`vector` with norm 1; the last one where it is zero or its norm overflows."""
         norm: Tensor = linalg.vector_norm(vector, dim=-1, keepdim=True)
-        return torch.where(norm > self.eps, vector / norm.clamp_min(self.eps), last)
+        return torch.where(
+            (norm > self.eps) & (norm < inf), vector / norm.clamp_min(self.eps), last
+        )
 
     def _reciprocal(self, sigma: Tensor) -> Tensor:
         return (sigma + (sigma.abs() < self.eps)).reciprocal()
