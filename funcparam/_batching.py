@@ -165,6 +165,9 @@ def _stack(leaves: Sequence[Any]) -> Any:
 
 
 def _are_alike(tensors: Sequence[Any]) -> bool:
-    """Whether all are plain, since subclasses know better how they are stored, and of one kind."""
+    """Whether all are plain, since subclasses know better how they are stored, and of one kind.
+
+    A stack with one trained leaf would make frozen ones look trained.
+    """
     kinds = set(map(type, tensors))
-    return kinds <= _PLAIN and len({(t.dtype, t.device) for t in tensors}) == 1
+    return kinds <= _PLAIN and len({(t.dtype, t.device, t.requires_grad) for t in tensors}) == 1

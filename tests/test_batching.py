@@ -189,6 +189,18 @@ def test_a_frozen_leaf_in_a_stack():
     assert_close(raw["w2"].grad, expected)
 
 
+@pytest.mark.parametrize("transform", [Orthogonal(), WeightNorm(), SpectralNorm()], ids=str)
+def test_values_of_frozen_leaves_need_no_gradient(transform):
+    p, raw, state = stack_of(transform)
+    first = raw["w0"]
+    for tensor in [first] if isinstance(first, torch.Tensor) else first.values():
+        tensor.requires_grad_()
+    alike = list(raw)[1:]
+    for values in (p(raw, state), p.advance(raw, state)[0]):
+        assert values["w0"].requires_grad
+        assert not any(values[name].requires_grad for name in alike)
+
+
 def test_mixed_precision_and_devices_go_one_by_one():
     p, raw, state = stack_of(WeightNorm())
     raw["w1"] = {name: tensor.double() for name, tensor in raw["w1"].items()}
