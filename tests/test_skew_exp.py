@@ -99,3 +99,11 @@ def test_what_has_no_norm_to_read():
 def test_nan_and_infinity_show():
     assert skew_exp(torch.full((2, 2), torch.nan)).isnan().all()
     assert not skew_exp(torch.full((2, 2), torch.inf)).isfinite().all()
+
+
+def test_a_traced_graph_does_not_depend_on_entries():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    A = torch.randn(4, 4, dtype=torch.float64)
+    A = A - A.mT
+    assert_close(make_fx(skew_exp)(A)(9 * A), torch.linalg.matrix_exp(9 * A))

@@ -13,6 +13,10 @@ Raw: TypeAlias = "Tensor | Mapping[str, Tensor]"
 State: TypeAlias = Mapping[str, Tensor]
 """What a transform carries without training it; empty for most."""
 
+_dispatch: Any = Tensor.__torch_dispatch__  # pyright: ignore
+_get_dispatch_mode: Any = torch._C._get_dispatch_mode  # pyright: ignore
+_PROXY: Any = torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore
+
 R = TypeVar("R", bound=Raw)
 
 
@@ -200,10 +204,20 @@ def expect_all(transform: AnyTransform, condition: Tensor, message: str) -> None
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether entries can be looked at: no meta tensor, no trace, no `torch.func` transform."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    """Whether entries can be looked at: they exist, and outside of `torch.func` transforms."""
+    return has_entries(tensor) and torch.func.debug_unwrap(tensor) is tensor
+
+
+def has_entries(tensor: Tensor) -> bool:
+    """Whether numbers can decide, in `torch.func` transforms too: no trace, no meta or fake tensor.
+
+    Subclasses that dispatch by themselves (fake, functional, distributed) hold their entries
+    elsewhere, or have none.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or _get_dispatch_mode(_PROXY) is not None:
         return False
-    return torch.func.debug_unwrap(tensor) is tensor
+    own: Any = type(torch.func.debug_unwrap(tensor))
+    return own.__torch_dispatch__ is _dispatch
 
 
 def largest(tensor: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import sqrt
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from funcparam.transforms._base import has_entries
 from funcparam.transforms._linalg import linalg
 
 _R = sqrt(177)
@@ -31,7 +32,7 @@ def skew_exp(A: Tensor) -> Tensor:
     Computing the matrix exponential with an optimized Taylor polynomial approximation,
     Mathematics 7 (2019), 1174, equation 13.
     """
-    if not _has_readable_norm(A):  # a trace must not depend on data
+    if not (A.numel() and has_entries(A)):  # a trace must not depend on data
         return _nearest_orthogonal(linalg.matrix_exp(A))
     A2 = A @ A
     doublings = _doublings(A2.detach())
@@ -80,10 +81,3 @@ def _nearest_orthogonal(Q: Tensor) -> Tensor:
     """
     frame = Q.detach()
     return Q + (frame - frame @ (frame.mH @ frame)) / 2
-
-
-def _has_readable_norm(A: Tensor) -> bool:
-    """Whether numbers can decide, in `torch.func` transforms too: no trace, no meta tensor."""
-    if torch.compiler.is_compiling() or A.is_meta or A.numel() == 0:
-        return False
-    return type(torch.func.debug_unwrap(A)) in (Tensor, nn.Parameter)

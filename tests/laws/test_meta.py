@@ -1,5 +1,8 @@
 """Law 4: shapes and dtypes on the meta device are those of real tensors."""
 
+from torch._subclasses import FakeTensorMode
+
+import funcparam as fp
 from tests.cases import every_row, tensors, value_of
 
 
@@ -15,6 +18,17 @@ def test_right_inverse_forward_update(case, shape):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
     out = case.transform.forward(raw, state)
     assert out.is_meta
+    assert (out.shape, out.dtype) == (value.shape, value.dtype)
+
+
+@every_row
+def test_fake_tensors_have_no_entries_to_look_at(case, shape):
+    value = value_of(case, shape)
+    with FakeTensorMode() as mode:
+        fake = {"w": mode.from_tensor(value)}
+        p = fp.parametrize(fake, {"w": case.transform})
+        raw, state = p.init(fake)
+        out = p.advance(raw, state)[0]["w"]
     assert (out.shape, out.dtype) == (value.shape, value.dtype)
 
 
