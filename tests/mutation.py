@@ -47,7 +47,7 @@ OF_HELPERS = {
 def mutants(source):
     """Each place that can be changed, (line, column), with what can be done to it."""
     tree = get_ast(source)
-    ignored = {place for node in ast.walk(ast.parse(source)) for place in _annotated(node)}
+    ignored = {place for node in ast.walk(ast.parse(source)) for place in _for_checkers(node)}
     found = {}
     for name in operator_names():
         operator_class = get_operator(name)
@@ -61,12 +61,18 @@ def mutants(source):
     return found
 
 
-def _annotated(node):
-    """The places of a type, which are not looked at when the code runs."""
+def _for_checkers(node):
+    """The places of types and of marks such as @final, which change nothing when the code runs."""
     types = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-    for part in (part for kind in types if kind is not None for part in ast.walk(kind)):
+    marks = [
+        mark
+        for mark in getattr(node, "decorator_list", [])
+        if ast.unparse(mark) in ("final", "abstractmethod", "overload")
+    ]
+    for part in (part for kind in [*types, *marks] if kind for part in ast.walk(kind)):
         if hasattr(part, "lineno"):
-            yield from ((part.lineno, c) for c in range(part.col_offset, part.end_col_offset + 1))
+            columns = range(part.col_offset - 1, part.end_col_offset + 1)
+            yield from ((part.lineno, column) for column in columns)
 
 
 def sample(path, count):

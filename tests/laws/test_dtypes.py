@@ -62,3 +62,33 @@ def test_autocast_changes_nothing(case, shape):
         inverse, _ = case.transform.right_inverse(value)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert all(t.dtype in (torch.float32, torch.complex64) for t in tensors(inverse))
+
+
+@every_row
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32_and_rounded_once(case, shape, dtype):
+    value = value_of(case, shape)
+    if value.is_complex():
+        return
+    low = [cast(tree, dtype) for tree in raw_and_state(case, shape)]
+    wide = [cast(tree, torch.float32) for tree in low]
+    # a chain rounds what goes from part to part, and weight norm is a kernel that rounds once more
+    twice = any(word in str(case) for word in ("Chain", "WeightNorm"))
+    eps = 4 * torch.finfo(dtype).eps if twice else 0
+    computed = [case.transform.forward, case.transform.update]
+    if not case.transform.is_adapter:  # whose factors are drawn in the dtype
+        computed.append(inverse(case, value))
+    for compute in computed:
+        pairs = zip(tensors(compute(*low)), tensors(compute(*wide)), strict=True)
+        for found, expected in pairs:
+            if not found.is_complex():  # from real raw: there is no complex half
+                torch.testing.assert_close(found, expected.to(found.dtype), rtol=eps, atol=eps)
+
+
+def inverse(case, value):
+    def compute(raw, state):
+        dtype = next((t.dtype for t in tensors(raw) if t.is_floating_point()), torch.float32)
+        value_ = value.to(torch.bfloat16).to(torch.float16)  # a number of all three dtypes
+        return case.transform.right_inverse(value_.to(dtype), generator=torch.manual_seed(0))[0]
+
+    return compute
