@@ -81,10 +81,11 @@ class Plan:
         for transform, names in self._stacks:
             found, own = _evaluate(transform, names, raw, state, advance=True)
             values.update(zip(names, found, strict=True))
-            new.update((name, s) for name, s in zip(names, own, strict=True) if s)
+            if names[0] in state:
+                new.update(zip(names, own, strict=True))
         for transform, name in self._single:
             own = state.get(name, _NOTHING)
-            if own and _evolves(transform):
+            if name in state and _evolves(transform):
                 with torch.no_grad():
                     new[name] = own = transform.update(raw[name], own)
             values[name] = transform.forward(raw[name], own)

@@ -86,14 +86,18 @@ class FunctionalCall:
             AttributeError, TypeError: a name leads nowhere, or to no tensor.
         """
         positional = cast("tuple[Any, ...]", args) if isinstance(args, tuple) else (args,)
-        if strict or torch.compiler.is_compiling() or not isinstance(params, dict):
+        if strict or not isinstance(params, dict):
             return self._by_torch(params, positional, kwargs, strict=strict)
+        if torch.compiler.is_compiling():
+            # Looking for ties is half of what it takes to trace a call.
+            ties = len(self._aliases) > 0 or params.keys() != self._place.keys()
+            return self._by_torch(params, positional, kwargs, tie_weights=ties)
         with self._lock:  # other threads wait; the same one may call again
             if self._picture() != self._prepared:
                 self._prepare()
             swap = self._swap_of(params)
             if swap is None:
-                return self._by_torch(params, positional, kwargs, strict=False)
+                return self._by_torch(params, positional, kwargs)
             tensors = [*params.values()]
             tensors += [tensors[i] for i in swap.sources]
             try:
@@ -111,11 +115,10 @@ class FunctionalCall:
     def __reduce__(self) -> Any:
         return FunctionalCall, (self.net,)
 
-    def _by_torch(self, params: Any, args: Any, kwargs: Any, *, strict: bool) -> Any:
+    def _by_torch(self, params: Any, args: Any, kwargs: Any, **how: bool) -> Any:
         """Whatever is not proven to be the same is left to PyTorch."""
-        return torch.func.functional_call(
-            self.net, params, args, None if kwargs is None else dict(kwargs), strict=strict
-        )
+        own = None if kwargs is None else dict(kwargs)
+        return torch.func.functional_call(self.net, params, args, own, **how)
 
     def _swap_of(self, params: dict[str, Tensor]) -> Swap | None:
         """Where these tensors go; None if PyTorch has to say what to do with them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -157,13 +156,13 @@ class Parametrized(nn.Module):
         for entry in self.parametrization.entries:
             name, spec = entry.name, entry.signature
             if isinstance(spec.raw, TensorSpec):
-                raw[name] = attrgetter(name)(self.raw)
+                raw[name] = _at(self.raw, name)
             else:
-                raw[name] = {key: attrgetter(f"{name}.{key}")(self.raw) for key, _ in spec.raw}
+                owner = _module_at(self.raw, name.split("."))
+                raw[name] = {key: getattr(owner, key) for key, _ in spec.raw}
             if spec.state:
-                state[name] = {
-                    key: attrgetter(f"{name}.{key}")(self.state) for key, _ in spec.state
-                }
+                owner = _module_at(self.state, name.split("."))
+                state[name] = {key: getattr(owner, key) for key, _ in spec.state}
         return raw, state
 
     def values(self) -> dict[str, Tensor]:
@@ -231,9 +230,7 @@ class Parametrized(nn.Module):
         return values
 
     def _own_buffers(self) -> dict[str, Tensor]:
-        return {
-            name: attrgetter(first)(self.net_buffers) for name, first in self._buffer_names.items()
-        }
+        return {name: _at(self.net_buffers, first) for name, first in self._buffer_names.items()}
 
 
 def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
@@ -330,6 +327,18 @@ def _whole(tree: Any) -> Any:
         return {name: _whole(tensor) for name, tensor in items}
     gather = getattr(tree, "full_tensor", None)
     return tree if gather is None else gather()
+
+
+def _at(root: nn.Module, path: str) -> Tensor:
+    *parents, key = path.split(".")
+    return getattr(_module_at(root, parents), key)
+
+
+def _module_at(root: nn.Module, path: list[str]) -> nn.Module:
+    """The module below `root`; quicker than attributes, which `nn.Module` looks up in Python."""
+    for name in path:
+        root = cast("nn.Module", root._modules[name])  # pyright: ignore[reportPrivateUsage]
+    return root
 
 
 def _paths(name: str, tensors: Raw) -> list[tuple[str, Tensor]]:

@@ -129,6 +129,12 @@ def test_compiled_whole(case):
     assert len(graphs) == 1
 
 
+def test_advance_compiled_whole(case):
+    p, raw, state = case
+    found = torch.compile(p.advance, backend="eager", fullgraph=True)(raw, state)
+    assert_close(found, p.advance(raw, state))
+
+
 def test_update(case):
     p, raw, state = case
     new = p.update(raw, state)
