@@ -15,6 +15,7 @@ import optree
 import pytest
 import torch
 
+from funcparam._inspect import spelt
 from tests.cases import CASES, raw_and_state
 
 LAWS = Path(__file__).parent / "laws"
@@ -78,6 +79,11 @@ def why_no_complex(case):
     return None
 
 
+def title(case):
+    """The transform as one would write it, without arguments that are defaults."""
+    return case.name or spelt(case.transform)
+
+
 def matrix(outcomes):
     head = ["transform", *TITLES.values(), "complex"]
     yield "| " + " | ".join(head) + " |"
@@ -85,7 +91,8 @@ def matrix(outcomes):
     for case in CASES:
         cells = {stem: cell(outcomes[str(case), stem]) for stem in TITLES}
         cells["test_log_det"] = why_no_log_det(case) or cells["test_log_det"]
-        yield f"| `{case}` | {' | '.join(cells.values())} | {why_no_complex(case) or 'yes'} |"
+        row = [f"`{title(case)}`", *cells.values(), why_no_complex(case) or "yes"]
+        yield f"| {' | '.join(row)} |"
 
 
 def main():
@@ -96,6 +103,7 @@ def main():
     code = pytest.main(["-q", "--no-header", str(LAWS)], plugins=[counting])
     total = sum(sum(each.values()) for each in counting.outcomes.values())
     out.write_text(
+        "---\nhide: [navigation, toc]\n---\n\n"
         "# The certificate\n\n"
         "Every transform against every law of the contract (see [concepts](concepts.md)): how many"
         " tests passed, over shapes and dtypes. `make certificate` writes this page. A law that a"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cases import CASES
-from tests.certificate import NOT_RUN, TITLES, cell
+from tests.certificate import NOT_RUN, TITLES, cell, title
 
 PAGE = Path(__file__).parent.parent / "docs" / "certificate.md"
 HEAD, _, *ROWS = [
@@ -16,7 +16,7 @@ HEAD, _, *ROWS = [
 
 
 def test_it_has_a_row_for_every_case_and_a_column_for_every_law():
-    missing = {f"`{case}`" for case in CASES} - {name for name, *_ in ROWS}
+    missing = {f"`{title(case)}`" for case in CASES} - {name for name, *_ in ROWS}
     assert not missing, "`make certificate` writes the page anew"
     assert ["transform", *TITLES.values(), "complex"] == HEAD
 
