@@ -67,7 +67,7 @@ class Plan:
 
     def evaluate(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
         """Map raw to values; what no transform has passes through."""
-        values = cast("dict[str, Tensor]", dict(raw))
+        values: dict[str, Any] = dict(raw)
         for transform, names in self._stacks:
             found, _ = _evaluate(transform, names, raw, state)
             values.update(zip(names, found, strict=True))
@@ -77,7 +77,8 @@ class Plan:
 
     def advance(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Tensor], dict[str, State]]:
         """Update the state without gradients, and evaluate with the new one."""
-        values, new = cast("dict[str, Tensor]", dict(raw)), dict(state)
+        values: dict[str, Any] = dict(raw)
+        new = dict(state)
         for transform, names in self._stacks:
             found, own = _evaluate(transform, names, raw, state, advance=True)
             values.update(zip(names, found, strict=True))
