@@ -59,25 +59,16 @@ conformance: $(READY) ## Run PyTorch's own tests against compat; FILE=its test_p
 	$(BIN)/python tests/conformance.py $(FILE) $(ARGS)
 
 .PHONY: bench
-bench: $(READY) ## Measure everything that docs/benchmarks.md shows
-	$(BIN)/python benchmarks/maps.py
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/ensemble.py
-	$(BIN)/python benchmarks/binding.py
-	$(BIN)/python benchmarks/compat.py
-	$(BIN)/python benchmarks/evaluation.py
+bench: $(READY) ## Measure funcparam beside other libraries, into docs/bench
+	$(BIN)/python benchmarks/run.py --out docs/bench
 
-.PHONY: bench-compat
-bench-compat: $(READY) ## Measure compat beside torch's own module
-	$(BIN)/python benchmarks/compat.py
+.PHONY: bench-quick
+bench-quick: $(READY) ## Measure fewer cases in fewer rounds, in under three minutes
+	$(BIN)/python benchmarks/run.py --quick --out build/bench
 
 .PHONY: certificate
 certificate: $(READY) ## Write the matrix of transforms and laws into docs/certificate.md
 	$(BIN)/python -m tests.certificate docs/certificate.md
-
-.PHONY: bench-quick
-bench-quick: $(READY) ## Measure the maps in fewer rounds, in under three minutes
-	$(BIN)/python benchmarks/maps.py --quick
 
 .PHONY: clean
 clean: ## Remove everything that was made, the virtual environment too

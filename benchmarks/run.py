@@ -46,55 +46,60 @@ def timed(name, *, quick):
     return figures, table(figures, benchmark.RATIOS), benchmark.RATIOS
 
 
-def picture(ratios, path):
-    """The median ratio of every comparison, with its quartiles, on one logarithmic axis."""
-    figure, axis = plt.subplots(figsize=(7, 0.19 * len(ratios) + 0.8), layout="constrained")
-    for y, (_, middle, low, high) in enumerate(reversed(ratios)):
-        colour = "tab:green" if middle >= 1 else "tab:red"
-        axis.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.5)
-        axis.plot(middle, y, "o", color=colour, markersize=4)
+def picture(groups, path):
+    """A line for each group, and on it the median ratio of each of its comparisons."""
+    figure, axis = plt.subplots(figsize=(7, 0.24 * len(groups) + 0.8), layout="constrained")
+    for y, ratios in enumerate(reversed(groups.values())):
+        for gain in ratios:
+            axis.plot(gain, y, "o", color="tab:green" if gain >= 1 else "tab:red", alpha=0.7)
     axis.axvline(1, color="black", linewidth=0.8)
-    labels = [label for label, *_ in reversed(ratios)]
-    axis.set_yticks(range(len(ratios)), labels, fontsize=7)
-    axis.set(xscale="log", ylim=(-1, len(ratios)), xlabel="time of the other / time of funcparam")
+    axis.set_yticks(range(len(groups)), reversed(groups))
+    axis.set(xscale="log", xlabel="time of the other / time of funcparam; each dot is a size")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.grid(axis="x", which="both", linewidth=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
 
-def gains(name, figures, pairs):
-    """Every ratio of a benchmark, with a label that says what it is of."""
+def grouped(name, figures, pairs):
+    """Median ratios to other libraries, by benchmark, by what was measured, and by whom."""
+    found = {}
     for figure in figures:
-        case = ", ".join(str(value).strip("`") for value in figure["case"].values())
+        first = next(iter(figure["case"].values()))
+        what = (
+            f", {first}" if isinstance(first, str) and name in ("maps", "step", "ensemble") else ""
+        )
         for other, ours in pairs:
-            if {other, ours} <= figure["seconds"].keys():
-                yield f"{name}: {case}, {other} / {ours}", *ratio(figure["seconds"], other, ours)
+            if other not in ("shell", "functional", "by hand") and ours != "one by one":
+                side = f" ({ours})" if ours in ("shell", "functional") else ""
+                gain = ratio(figure["seconds"], other, ours)[0]
+                found.setdefault(f"{name}{what}{side}: {other}", []).append(gain)
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--only", nargs="*", default=[*TIMED, *WHOLE], help="some benchmarks")
+    parser.add_argument("--only", nargs="*", default=[*TIMED, "accuracy"], help="these alone")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="where everything goes")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     print(f"{conditions()}\n")
-    everything, ratios = {"conditions": conditions()}, []
+    everything, groups = {"conditions": conditions()}, {}
     for name in arguments.only:
         if name in WHOLE:
             figures, shown = import_module(name).report(quick=arguments.quick)
         else:
             figures, shown, pairs = timed(name, quick=arguments.quick)
-            ratios += gains(name, figures, pairs)
+            groups |= grouped(name, figures, pairs)
         everything[name] = figures
         (arguments.out / f"{name}.md").write_text(shown + "\n", encoding="utf-8")
         print(f"{name}\n\n{shown}\n", flush=True)
     (arguments.out / "conditions.md").write_text(conditions() + ".\n", encoding="utf-8")
     (arguments.out / "figures.json").write_text(json.dumps(everything), encoding="utf-8")
-    if ratios:
-        picture(ratios, arguments.out / "ratios.png")
+    if groups:
+        picture(groups, arguments.out / "ratios.png")
 
 
 if __name__ == "__main__":
