@@ -82,8 +82,7 @@ class Plan:
         for transform, names in self._stacks:
             found, own = _evaluate(transform, names, raw, state, advance=True)
             values.update(zip(names, found, strict=True))
-            if names[0] in state:
-                new.update(zip(names, own, strict=True))
+            new.update((n, s) for n, s in zip(names, own, strict=True) if n in state)
         for transform, name in self._single:
             own = state.get(name, _NOTHING)
             if name in state and _evolves(transform):
