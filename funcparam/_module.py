@@ -159,10 +159,10 @@ class Parametrized(nn.Module):
                 raw[name] = _at(self.raw, name)
             else:
                 owner = _module_at(self.raw, name.split("."))
-                raw[name] = {key: getattr(owner, key) for key, _ in spec.raw}
+                raw[name] = {key: _at(owner, key) for key, _ in spec.raw}  # keys may be dotted
             if spec.state:
                 owner = _module_at(self.state, name.split("."))
-                state[name] = {key: getattr(owner, key) for key, _ in spec.state}
+                state[name] = {key: _at(owner, key) for key, _ in spec.state}
         return raw, state
 
     def values(self) -> dict[str, Tensor]:
