@@ -126,7 +126,7 @@ def _advanced(
     transform: AnyTransform, raws: Sequence[Raw], states: Sequence[State], stack: Stack | None
 ) -> tuple[Sequence[State], Stack | None]:
     """Update the state of a stacked group; what has none has nothing to update."""
-    if not states[0]:
+    if len(states[0]) == 0:  # in a trace every mapping proxy is true
         return states, stack
     if stack is None:
         return list(map(transform.update, raws, states)), None
