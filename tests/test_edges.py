@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.func import grad
 
-from funcparam.transforms import Chain, Mask, Orthogonal, SpectralNorm, WeightNorm, transform
+from funcparam.transforms import (
+    IA3,
+    AlmostOrthogonal,
+    Chain,
+    Mask,
+    Orthogonal,
+    SpectralNorm,
+    WeightNorm,
+    transform,
+)
 
 
 def test_weight_norm_of_a_row_of_zeros_is_kept_and_trains():
@@ -124,3 +133,17 @@ def test_a_chain_updates_without_evaluating_maps_for_nothing():
     chain = Chain(transform(counted, lambda v: v), SpectralNorm())
     chain.update(*chain.right_inverse(torch.eye(3)))
     assert len(calls) == 1
+
+
+def test_ia3_of_a_base_with_a_row_of_zeros():
+    base = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    state = {"base": base}
+    assert IA3().violation(2 * base, state) == 0
+    assert IA3().violation(base + torch.tensor([[0.5, 0.0], [0.0, 0.0]]), state) == 0.5
+
+
+def test_a_batch_may_be_empty_where_its_matrices_are_not():
+    value = torch.ones(0, 3, 2)
+    transform = AlmostOrthogonal(0.5)
+    transform.check(value)
+    assert transform.forward(*transform.right_inverse(value)).shape == (0, 3, 2)
