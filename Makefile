@@ -23,12 +23,12 @@ demo: $(READY) ## Train on handwritten digits: a table, a picture, an ensemble
 
 .PHONY: test
 test: $(READY) ## Run all tests and doctests; ARGS="-k orthogonal" picks some
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 .PHONY: coverage
 coverage: $(READY) ## Run all tests, and say which lines and branches they miss
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage run -m pytest -n auto --dist worksteal $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -158,11 +158,9 @@ class Parametrized(nn.Module):
             if isinstance(spec.raw, TensorSpec):
                 raw[name] = _at(self.raw, name)
             else:
-                owner = _module_at(self.raw, name.split("."))
-                raw[name] = {key: _at(owner, key) for key, _ in spec.raw}  # keys may be dotted
+                raw[name] = _below(self.raw, name, [key for key, _ in spec.raw])
             if spec.state:
-                owner = _module_at(self.state, name.split("."))
-                state[name] = {key: _at(owner, key) for key, _ in spec.state}
+                state[name] = _below(self.state, name, [key for key, _ in spec.state])
         return raw, state
 
     def values(self) -> dict[str, Tensor]:
@@ -332,6 +330,14 @@ def _whole(tree: Any) -> Any:
 def _at(root: nn.Module, path: str) -> Tensor:
     *parents, key = path.split(".")
     return getattr(_module_at(root, parents), key)
+
+
+def _below(root: nn.Module, path: str, keys: list[str]) -> dict[str, Tensor]:
+    """The tensors of one leaf, whose keys may be dotted; one without any has no module."""
+    if not keys:
+        return {}
+    owner = _module_at(root, path.split("."))
+    return {key: _at(owner, key) for key in keys}
 
 
 def _module_at(root: nn.Module, path: list[str]) -> nn.Module:

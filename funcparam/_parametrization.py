@@ -256,6 +256,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             >>> import torch, funcparam as fp
             >>> from funcparam.transforms import SpectralNorm
             >>> net = torch.nn.Linear(1, 2)
+            >>> _ = torch.nn.init.eye_(net.weight)
             >>> p = fp.parametrize(net, {"weight": SpectralNorm()})
             >>> p.summary(*p.init(net))
             name             transform       raw     trained  total  violation

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # small matrices gain nothing from more, and the tests share the cores
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import funcparam as fp
 from funcparam.transforms import (
+    Frozen,
     LoRA,
     Mask,
     Orthogonal,
@@ -395,6 +396,14 @@ def test_folded_weights_keep_their_layout_and_share_nothing(tmp_path):
         net.bias.zero_()
     assert twin.weight.count_nonzero() == 15
     assert twin.bias.count_nonzero() == 3
+
+
+def test_a_leaf_without_raw_has_an_empty_one():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    shell = fp.Parametrized(net, fp.parametrize(net, {"1.*": Frozen()}))
+    raw, state = shell.raw_and_state()
+    assert raw["1.bias"] == {}
+    torch.testing.assert_close(shell.parametrization(raw, state)["1.bias"], net[1].bias)
 
 
 def test_rebase_keeps_outputs_and_parameters():

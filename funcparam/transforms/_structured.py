@@ -105,7 +105,7 @@ class Toeplitz(Transform[Mapping[str, Tensor]]):
         zeros = value.new_zeros(*value.shape[:-2], m + n - 1)
         sums = zeros.index_add(-1, numbers, value.flatten(-2))
         k = torch.arange(m + n - 1, device=value.device)
-        lengths = torch.minimum(torch.minimum(k + 1, m + n - 1 - k), k.new_tensor(min(m, n)))
+        lengths = torch.minimum(k + 1, m + n - 1 - k).clamp(max=min(m, n))
         means = sums / lengths
         column, row = means[..., n - 1 :].contiguous(), means[..., : n - 1].flip(-1)
         return {"column": column, "row": row}, {}
