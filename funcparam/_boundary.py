@@ -151,6 +151,17 @@ def _is_finite(tensor: Tensor) -> bool:
     return not readable(tensor) or bool(torch.isfinite(tensor).all())
 
 
+def are_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are alike, and equal where entries can be read; NaN is equal to NaN."""
+    if a is b:
+        return True
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    if not (readable(a) and readable(b)):
+        return True
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def value_of(entry: Entry, given: Mapping[str, Tensor]) -> Tensor:
     """Find the one tensor for the names of an entry, or raise for what is wrong with it."""
     present = [name for name in entry.names if name in given]
@@ -168,7 +179,7 @@ def value_of(entry: Entry, given: Mapping[str, Tensor]) -> Tensor:
 
 def _expect_tied(name: str, value: Tensor, alias: str, other: Tensor) -> None:
     """Raise unless two names of a tie have one value, where the entries can be read."""
-    if other is not value and readable(value) and not torch.equal(value, other):
+    if not are_equal(value, other):
         raise ValueError(
             f"{name!r} and {alias!r} are tied in the parametrization; got two different tensors"
         )

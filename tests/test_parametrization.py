@@ -215,6 +215,17 @@ def test_ties_of_a_plain_dictionary():
         p({"b": raw["a"], "c": raw["c"]}, state)
 
 
+def test_copies_of_a_tie_are_equal_where_both_have_nan():
+    a = torch.tensor([1.0, float("nan")])
+    tree = {"a": a, "b": a, "c": torch.rand(2)}
+    p = fp.parametrize(tree, {"c": Positive()})
+    raw, _ = p.init({**tree, "b": a.clone()})
+    torch.testing.assert_close(raw["a"], a, equal_nan=True)
+    for other in (a.flip(0), a.nan_to_num(), a.double(), a[:1], a.to("meta")):
+        with pytest.raises(ValueError, match="'a' and 'b' are tied .* two different tensors"):
+            p.init({**tree, "b": other})
+
+
 # The mapping
 
 

@@ -13,6 +13,7 @@ from funcparam._boundary import (
     Entry,
     RawTree,
     StateTree,
+    are_equal,
     check_raw_tree,
     check_state_tree,
     expect_finite,
@@ -20,7 +21,7 @@ from funcparam._boundary import (
 from funcparam._parametrization import Parametrization
 from funcparam.checkpoint._keys import Stored, flat, half_legacy, key_of, scan, what_is_there
 from funcparam.checkpoint._own import is_own, read_own, write_own
-from funcparam.transforms._base import Raw, State, readable
+from funcparam.transforms._base import Raw, State
 from funcparam.transforms._signature import TensorSpec
 from funcparam.transforms._spellings import Spelling, infer, spellings
 
@@ -248,17 +249,11 @@ def _expect_same(first: Stored, other: Stored, tensors: Mapping[str, Any]) -> No
     """Raise unless two names of a tie have the same tensors."""
     mine = {part: tensors[key] for part, key in first.keys}
     theirs = {part: tensors[key] for part, key in other.keys}
-    if mine.keys() != theirs.keys() or not all(_equal(mine[p], theirs[p]) for p in mine):
+    if mine.keys() != theirs.keys() or not all(are_equal(mine[p], theirs[p]) for p in mine):
         raise ValueError(
             f"{first.name!r} and {other.name!r} are tied in the parametrization; got two different"
             " tensors"
         )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return a is b or not readable(a) or torch.equal(a, b)
 
 
 def _no_value(entry: Entry, item: Stored) -> str:

@@ -172,6 +172,17 @@ def test_two_tensors_for_a_tie():
         checkpoint.read(given, p)
 
 
+def test_copies_of_a_tie_are_equal_where_both_have_nan():
+    net = Tied()
+    p = fp.parametrize(net, {"encoder.bias": Positive()})
+    with torch.no_grad():
+        net.encoder.bias.abs_()
+        net.encoder.weight[0] = float("nan")
+    given = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    raw, _, _ = checkpoint.read(given, p)
+    assert raw["encoder.weight"][0].isnan().all()
+
+
 def test_the_shell_says_what_is_wrong_and_stays_as_it_is():
     net = nn.Linear(2, 2)
     shell = fp.Parametrized(net, fp.parametrize(net, {"weight": WeightNorm()}))
