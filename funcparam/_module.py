@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from funcparam._boundary import RawTree, StateTree
+from funcparam._boundary import Entry, RawTree, StateTree
 from funcparam._call import ParametrizedCall, Values
 from funcparam._modes import is_in_backward
 from funcparam._names import closest
@@ -18,6 +18,9 @@ from funcparam._parametrization import Parametrization
 from funcparam._tree import flatten
 from funcparam.transforms._base import Raw, State
 from funcparam.transforms._signature import TensorSpec, describe
+
+Layout: TypeAlias = "tuple[str, list[str], list[str] | None, list[str]]"
+"""The name of a leaf, in parts too, and the keys of its raw, None for a tensor, and state."""
 
 
 class Parametrized(nn.Module):
@@ -94,6 +97,7 @@ class Parametrized(nn.Module):
         _expect_same_ties(net, p)
         self.parametrization = p
         self.recompute = recompute
+        self._layout = list(map(_layout, p.entries))
         self.raw = nn.Module()
         self.state = nn.Module()
         self.net_buffers = nn.Module()
@@ -153,14 +157,13 @@ class Parametrized(nn.Module):
         """Return this module's own tensors as `p` takes them; nothing is copied."""
         raw: dict[str, Raw] = {}
         state: dict[str, State] = {}
-        for entry in self.parametrization.entries:
-            name, spec = entry.name, entry.signature
-            if isinstance(spec.raw, TensorSpec):
-                raw[name] = _at(self.raw, name)
+        for name, parents, raw_keys, state_keys in self._layout:
+            if raw_keys is None:
+                raw[name] = _tensor(_module_at(self.raw, parents[:-1]), parents[-1])
             else:
-                raw[name] = _below(self.raw, name, [key for key, _ in spec.raw])
-            if spec.state:
-                state[name] = _below(self.state, name, [key for key, _ in spec.state])
+                raw[name] = _below(self.raw, parents, raw_keys)
+            if state_keys:
+                state[name] = _below(self.state, parents, state_keys)
         return raw, state
 
     def values(self) -> dict[str, Tensor]:
@@ -329,15 +332,15 @@ def _whole(tree: Any) -> Any:
 
 def _at(root: nn.Module, path: str) -> Tensor:
     *parents, key = path.split(".")
-    return getattr(_module_at(root, parents), key)
+    return _tensor(_module_at(root, parents), key)
 
 
-def _below(root: nn.Module, path: str, keys: list[str]) -> dict[str, Tensor]:
+def _below(root: nn.Module, path: list[str], keys: list[str]) -> dict[str, Tensor]:
     """The tensors of one leaf, whose keys may be dotted; one without any has no module."""
     if not keys:
         return {}
-    owner = _module_at(root, path.split("."))
-    return {key: _at(owner, key) for key in keys}
+    owner = _module_at(root, path)
+    return {key: _at(owner, key) if "." in key else _tensor(owner, key) for key in keys}
 
 
 def _module_at(root: nn.Module, path: list[str]) -> nn.Module:
@@ -345,6 +348,20 @@ def _module_at(root: nn.Module, path: list[str]) -> nn.Module:
     for name in path:
         root = cast("nn.Module", root._modules[name])  # pyright: ignore[reportPrivateUsage]
     return root
+
+
+def _tensor(owner: nn.Module, key: str) -> Tensor:
+    """The attribute, sooner where it is what it was registered as."""
+    found = owner._parameters.get(key)  # pyright: ignore[reportPrivateUsage]
+    if found is None:
+        found = owner._buffers.get(key)  # pyright: ignore[reportPrivateUsage]
+    return getattr(owner, key) if found is None else found
+
+
+def _layout(entry: Entry) -> Layout:
+    spec = entry.signature
+    keys = None if isinstance(spec.raw, TensorSpec) else [key for key, _ in spec.raw]
+    return entry.name, entry.name.split("."), keys, [key for key, _ in spec.state]
 
 
 def _paths(name: str, tensors: Raw) -> list[tuple[str, Tensor]]:
