@@ -1,6 +1,7 @@
 """Every Python block of the README and the documentation runs, and prints what stands below it."""
 
 import contextlib
+import inspect
 import io
 import re
 from pathlib import Path
@@ -76,3 +77,49 @@ def test_the_readme_names_tests_that_exist():
     assert len(cells) > 15
     for name, path in cells:
         assert f"def test_{name}" in (ROOT / path).read_text(encoding="utf-8"), (name, path)
+
+
+# Each call in the table of transforms, with its row.
+CALL = re.compile(r"^\| \[`(?P<call>(?P<name>\w+)\(.*?\))`\].*$", re.MULTILINE)
+CALLS = list(CALL.finditer((ROOT / "docs" / "transforms.md").read_text(encoding="utf-8")))
+
+
+def test_every_transform_is_in_the_tables():
+    others = {"AnyTransform", "Raw", "State", "Transform", "full_precision"}
+    public = sorted(set(fp.transforms.__all__) - others)
+    assert sorted(row["name"] for row in CALLS) == public
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    box = readme[readme.index("## What is in the box") :]
+    assert [name for name in public if f"`{name}`" not in box.replace("`fp.", "`")] == []
+
+
+@pytest.mark.parametrize("row", CALLS, ids=lambda row: row["name"])
+def test_calls_of_transforms_are_their_signatures(row):
+    parameters = inspect.signature(getattr(fp.transforms, row["name"])).parameters
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in parameters.values()]
+    signature = ", ".join(map(str, bare)).replace("'", '"')
+    assert row["call"] == f"{row['name']}({signature})"
+    if "map" in parameters:
+        choices = re.findall(r"'(\w+)'", parameters["map"].annotation)
+        assert choices
+        assert all(f'"{choice}"' in row[0] for choice in choices)
+
+
+@pytest.mark.parametrize("row", CALLS, ids=lambda row: row["name"])
+def test_calls_of_transforms_construct(row):
+    arguments = {
+        "rank": 2,
+        "blocks": 2,
+        "lam": 0.5,
+        "low": 0,
+        "high": 1,
+        "left": (2, 2),
+        "dims": (1, 0),
+        "in_shape": (4,),
+        "out_shape": (2, 2),
+        "parts": [fp.transforms.Identity()],
+        "forward": torch.exp,
+        "constraint": torch.distributions.constraints.positive,
+    }
+    made = eval(row["call"], {**vars(fp.transforms), **arguments})
+    assert isinstance(made, fp.Transform)
