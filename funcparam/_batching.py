@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -21,6 +21,10 @@ Stack: TypeAlias = "tuple[Any, State]"
 
 _PLAIN = frozenset({nn.Parameter, Tensor})
 
+TRACED_UP_TO = 64 * 64
+"""Entries up to which a trace stacks whatever is stacked at all: a compiler takes its time for each
+operation, and those of a stack are there once."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -38,14 +42,37 @@ class Group:
     def obstacle(self) -> str:
         """Why the leaves are evaluated one by one; empty if they are stacked."""
         fewest, largest = self.transform.stacks_from, self.transform.stacks_up_to
-        entries = prod(self.entries[0].signature.value.shape)
         if largest == 0:
             return "no gain measured"
         if len(self.entries) < fewest:
             return f"fewer than {fewest}"
-        if entries > largest:
-            return f"{entries} entries, no gain above {largest}"
+        if self._size > largest:
+            return f"{self._size} entries, no gain above {largest}"
         return ""
+
+    @property
+    def is_stacked_in_traces(self) -> bool:
+        """Whether a compiler sees the leaves in a stack."""
+        some = self.transform.stacks_up_to > 0 and len(self.entries) >= Transform.stacks_from
+        return not self.obstacle or (some and self._size <= TRACED_UP_TO)
+
+    @property
+    def _size(self) -> int:
+        return prod(self.entries[0].signature.value.shape)
+
+
+Stacks: TypeAlias = "list[tuple[AnyTransform, tuple[str, ...]]]"
+Single: TypeAlias = "list[tuple[AnyTransform, str]]"
+
+
+def _parts(groups: Sequence[Group], is_stacked: Callable[[Group], bool]) -> tuple[Stacks, Single]:
+    """The leaves that are mapped in stacks, and those that are mapped one by one."""
+    stacks = [group for group in groups if is_stacked(group)]
+    single = [group for group in groups if not is_stacked(group)]
+    return (
+        [(group.transform, group.names) for group in stacks],
+        [(group.transform, name) for group in single for name in group.names],
+    )
 
 
 @final
@@ -60,18 +87,20 @@ class Plan:
             Group(cast("AnyTransform", entries[0].transform), tuple(entries))
             for entries in alike.values()
         )
-        stacks = [group for group in self.groups if not group.obstacle]
-        single = [group for group in self.groups if group.obstacle]
-        self._stacks = [(group.transform, group.names) for group in stacks]
-        self._single = [(group.transform, name) for group in single for name in group.names]
+        self._eager = _parts(self.groups, lambda group: not group.obstacle)
+        self._traced = _parts(self.groups, lambda group: group.is_stacked_in_traces)
+
+    def _parts(self) -> tuple[Stacks, Single]:
+        return self._traced if torch.compiler.is_compiling() else self._eager
 
     def evaluate(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
         """Map raw to values; what no transform has passes through."""
         values: dict[str, Any] = dict(raw)
-        for transform, names in self._stacks:
+        stacks, single = self._parts()
+        for transform, names in stacks:
             found, _ = _evaluate(transform, names, raw, state)
             values.update(zip(names, found, strict=True))
-        for transform, name in self._single:
+        for transform, name in single:
             values[name] = transform.forward(raw[name], state.get(name, _NOTHING))
         return values
 
@@ -79,11 +108,12 @@ class Plan:
         """Update the state without gradients, and evaluate with the new one."""
         values: dict[str, Any] = dict(raw)
         new = dict(state)
-        for transform, names in self._stacks:
+        stacks, single = self._parts()
+        for transform, names in stacks:
             found, own = _evaluate(transform, names, raw, state, advance=True)
             values.update(zip(names, found, strict=True))
             new.update((n, s) for n, s in zip(names, own, strict=True) if n in state)
-        for transform, name in self._single:
+        for transform, name in single:
             own = state.get(name, _NOTHING)
             if name in state and _evolves(transform):
                 with torch.no_grad():
@@ -94,11 +124,12 @@ class Plan:
     def update(self, raw: RawTree, state: StateTree) -> dict[str, State]:
         """Advance what evolves."""
         new = dict(state)
-        for transform, names in self._stacks:
+        stacks, single = self._parts()
+        for transform, names in stacks:
             if _evolves(transform):
                 own, _ = _advanced(transform, *_gathered(names, raw, state))
                 new.update((name, s) for name, s in zip(names, own, strict=True) if s)
-        for transform, name in self._single:
+        for transform, name in single:
             if name in state:
                 new[name] = transform.update(raw[name], state[name])
         return new

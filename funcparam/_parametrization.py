@@ -292,7 +292,9 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         """Show as a table which leaves are evaluated in one call, and why the others are not.
 
         Leaves with equal transforms, shapes and dtypes are stacked, mapped once and taken apart
-        where that was measured to be faster; values and gradients are the same to rounding.
+        where that was measured to be faster; values and gradients are the same to rounding. In a
+        compiled function four leaves up to 64 x 64 are enough for whatever is stacked at all: what
+        is there once is compiled once.
         """
         return groups(self._plan.groups)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.testing import assert_close
 
@@ -127,6 +128,19 @@ def test_compiled_whole(case):
     values = torch.compile(p, backend=backend, fullgraph=True)(raw, state)
     assert_close(values, p(raw, state))
     assert len(graphs) == 1
+
+
+def test_a_trace_has_the_operations_of_leaves_up_to_64_by_64_once():
+    for size, times in ((64, 1), (65, 4)):
+        net = nn.ModuleList(nn.Linear(size, size) for _ in range(4))
+        p = fp.parametrize(net, {"*.weight": WeightNorm()})
+        raw, state = p.init(net)
+        backend = EagerAndRecordGraphs()
+        values = torch.compile(p, backend=backend, fullgraph=True)(raw, state)
+        assert_close(values, p(raw, state))
+        (graph,) = backend.graphs
+        norms = [n for n in graph.graph.nodes if "vector_norm" in str(n.target)]
+        assert len(norms) == times
 
 
 def test_advance_compiled_whole(case):
