@@ -147,3 +147,24 @@ def test_a_batch_may_be_empty_where_its_matrices_are_not():
     transform = AlmostOrthogonal(0.5)
     transform.check(value)
     assert transform.forward(*transform.right_inverse(value)).shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cayley_of_huge_raw_is_minus_the_base_or_says_that_it_is_singular(dtype):
+    cayley = Orthogonal("cayley")
+    even = cayley.forward(
+        torch.full((4, 4), 1e20, dtype=dtype), {"base": torch.eye(4, dtype=dtype)}
+    )
+    torch.testing.assert_close(even, -torch.eye(4, dtype=dtype))
+
+    raw, base = torch.full((3, 3), 1e20, dtype=dtype), torch.eye(3, dtype=dtype)
+    text = f"raw well below .* in {str(dtype)[6:]}; got larger entries. Lower the learning"
+    with pytest.raises(torch.linalg.LinAlgError, match=text):
+        cayley.forward(raw, {"base": base})
+    with pytest.raises(torch.linalg.LinAlgError, match=text):
+        torch.func.vmap(cayley.forward)(raw[None], {"base": base[None]})
+    compiled = torch.compile(cayley.forward, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):  # torch's own text
+        compiled(raw, {"base": base})
+
+    assert cayley.forward(raw * torch.nan, {"base": base}).isnan().all()

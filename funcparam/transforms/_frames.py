@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcparam.transforms._base import State
 from funcparam.transforms._linalg import linalg
-from funcparam.transforms._orthogonal_maps import identity_like, q_factor
+from funcparam.transforms._orthogonal_maps import cayley_plus_identity, identity_like, q_factor
 
 Factors = Mapping[str, Tensor]
 
@@ -34,9 +34,7 @@ def turned(base: Tensor, A: Tensor) -> Tensor:
     Large entries leave the transform orthogonal to some digits only; one Newton-Schulz step
     doubles them. It is the identity on orthogonal matrices, and so needs no derivative.
     """
-    identity = identity_like(A)
-    inverse: Tensor = linalg.inv(identity / 2 - A / 4)
-    turn = inverse - identity  # (I - A/2)^-1 (I + A/2)
+    turn = cayley_plus_identity(A) - identity_like(A)
     fixed = turn.detach()
     return base @ (turn + (fixed - fixed @ (fixed.mH @ fixed)) / 2)
 

@@ -58,7 +58,8 @@ class Orthogonal(Transform[Tensor]):
     The columns are orthonormal to rounding after any number of steps, weight decay included:
     nothing is accumulated. In float32 that holds for entries of raw up to about 1e3;
     `"matrix_exp"` goes on to 1e7 where it is not compiled or exported, `"householder"` and `"qr"`
-    to 1e10.
+    to 1e10. `"cayley"` of a square with an even side goes on to `-B`; elsewhere `I - A/2` may be
+    singular to rounding from about 1e7 on (1e15 in float64).
 
     Args:
         map: `"matrix_exp"`, `"cayley"`, `"householder"`, `"qr"` or `"newton_schulz"`.
@@ -68,6 +69,7 @@ class Orthogonal(Transform[Tensor]):
         ValueError: `map` is none of the five; at `fp.parametrize`, if the value has fewer than
             two dimensions, or is complex with `"householder"`.
         NotImplementedError: at init, with `"matrix_exp"` or `"cayley"` and no base point.
+        torch.linalg.LinAlgError: in `forward`, with `"cayley"`, where `I - A/2` is singular.
 
     Example:
         >>> import torch

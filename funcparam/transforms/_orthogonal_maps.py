@@ -27,18 +27,28 @@ def identity_like(X: Tensor) -> Tensor:
     return torch.eye(X.shape[-2], X.shape[-1], dtype=X.dtype, device=X.device)
 
 
+def cayley_plus_identity(A: Tensor) -> Tensor:
+    """(I - A/2)^-1 (I + A/2) + I of a skew-Hermitian A: one inverse and no product."""
+    try:
+        return linalg.inv(torch.sub(identity_like(A) / 2, A, alpha=0.25))
+    except linalg.LinAlgError as error:  # to rounding A is all there is, and A is singular
+        raise linalg.LinAlgError(
+            f"the Cayley transform expects raw well below {1 / torch.finfo(A.dtype).eps:.0e}, where"
+            f" I - A / 2 can be inverted in {str(A.dtype).removeprefix('torch.')}; got larger"
+            " entries. Lower the learning rate, move the base point with p.rebase before raw grows,"
+            " or use Orthogonal('householder'), which goes further"
+        ) from error
+
+
 def _matrix_exp(X: Tensor, base: Tensor | None = None) -> Tensor:
     return _at(base, skew_exp(_skew_hermitian(X))[..., : X.shape[-1]])
 
 
 def _cayley(X: Tensor, base: Tensor | None = None) -> Tensor:
     A = _skew_hermitian(X)
-    # (I - A/2)^-1 (I + A/2) = (I/2 - A/4)^-1 - I: one inverse and no product
-    identity = identity_like(A)
-    inverse: Tensor = linalg.inv(torch.sub(identity / 2, A, alpha=0.25))
-    k = X.shape[-1]
+    inverse, k = cayley_plus_identity(A), X.shape[-1]
     if base is None:
-        return (inverse - identity)[..., :k]
+        return (inverse - identity_like(A))[..., :k]
     return base @ inverse[..., :k] - base[..., :k]
 
 
