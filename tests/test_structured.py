@@ -20,6 +20,7 @@ from funcparam.transforms import (
     DoRA,
     DoublyStochastic,
     FakeQuantize,
+    Identity,
     Kronecker,
     LInfLipschitz,
     LoHa,
@@ -32,10 +33,12 @@ from funcparam.transforms import (
     PSDLowRank,
     Reshape,
     Simplex,
+    SpectralNorm,
     Symmetric,
     Ternary,
     Toeplitz,
     Transpose,
+    UnitNorm,
     VeRA,
     WeightStandardization,
 )
@@ -408,3 +411,15 @@ def test_the_violation_of_a_chain_looks_through_moved_entries():
     assert kernel.violation(kernel.forward(*kernel.right_inverse(value)), {}) < 1e-12
     assert Chain(Transpose(), Reshape((2, 3), (6,))).violation(randn(6), {}) == 0
     assert Chain(Orthogonal(), Positive(), Transpose()).violation(-torch.eye(2), {}) == 1
+    assert Chain(Orthogonal(), Identity()).violation(2 * torch.eye(2), {}) == 3
+
+
+def test_the_violation_of_a_chain_is_0_where_the_chain_returns_to():
+    chain = Chain(UnitNorm(), SpectralNorm(n_power_iterations=None))
+    value = chain.forward(randn(3, 4), {})
+    assert chain.violation(value, {}) < 1e-12
+    raw, _ = SpectralNorm(n_power_iterations=None).right_inverse(value)
+    assert UnitNorm().violation(raw, {}) > 0.01  # so it says nothing about the value
+    close(chain.forward(*chain.right_inverse(value)), value)
+    asymmetric = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert Chain(Symmetric(), Positive()).violation(asymmetric, {}) == 0

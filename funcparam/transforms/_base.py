@@ -59,8 +59,8 @@ class Transform(ABC, Generic[R]):
     even if the weight is frozen; any other raw takes `requires_grad` from the weight."""
 
     moves_entries: ClassVar[bool] = False
-    """Whether all it does is to move entries to other places: then it constrains nothing, and a
-    chain's constraint is that of the transform before it."""
+    """Whether all it does is to move entries, or to leave them where they are: then it constrains
+    nothing, and a chain's constraint is that of the transform before it."""
 
     stacks_up_to: ClassVar[int] = 0
     """Entries of a value up to which equal leaves were measured to be evaluated faster as one stack

@@ -22,7 +22,9 @@ class Chain(Transform[Any]):
     `rebase` moves the first transform's base point; the log-determinants add up. The constraint
     that `violation` measures is that of the last transform that does more than move entries: of
     `Chain(Orthogonal(), Reshape(...))` that of `Orthogonal`. What the ones before it exclude is
-    not measured.
+    not measured: of `Chain(Symmetric(), Positive())` every positive value has violation 0. A right
+    inverse finds one of many raws, and would blame values that the chain itself returns, as those
+    of `Chain(UnitNorm(), SpectralNorm())`.
 
     Args:
         *parts: at least one transform.

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Identity(Transform[Tensor]):
         >>> Identity().forward(torch.tensor([1.0]), {})
         tensor([1.])
     """
+
+    moves_entries: ClassVar[bool] = True
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
         return raw
