@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
+from math import isnan
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor
@@ -18,18 +19,17 @@ Leaves: TypeAlias = "Iterable[Tensor | Mapping[str, Tensor]]"
 
 
 def overview(entries: Sequence[Entry]) -> Table:
-    """What is parametrized by what: one row for each transform."""
+    """What is parametrized by what: one row for each weight, and one for all that are frozen."""
     head = ("name", "transform", "value", "raw", "state")
     rows = [
         (
-            _name(entry),
-            spelt(entry.transform),
-            str(entry.signature.value),
-            _shapes(entry.signature.raw) or "nothing",
-            _shapes(entry.signature.state),
+            _names(group),
+            spelt(transform),
+            _common(str(entry.signature.value) for entry in group),
+            _shapes(group[0].signature.raw) or "nothing",
+            _common(_shapes(entry.signature.state) for entry in group),
         )
-        for entry in entries
-        if entry.transform is not None
+        for transform, group in _rows(entries)
     ]
     if not any(row[-1] for row in rows):
         return Table(head[:-1], tuple(row[:-1] for row in rows))
@@ -42,14 +42,13 @@ def summary(
     """How many numbers are trained and held, and how far each value is from its constraint."""
     rows = [
         (
-            _name(entry),
-            spelt(entry.transform),
-            _shapes(entry.signature.raw) or "nothing",
-            *_counts([raw[entry.name]], [state.get(entry.name, {})]),
-            _number(violations[entry.name]),
+            _names(group),
+            spelt(transform),
+            _shapes(group[0].signature.raw) or "nothing",
+            *_counts([raw[e.name] for e in group], [state.get(e.name, {}) for e in group]),
+            _largest([violations[e.name] for e in group]),
         )
-        for entry in entries
-        if entry.transform is not None
+        for transform, group in _rows(entries)
     ]
     plain = [raw[entry.name] for entry in entries if entry.transform is None]
     if plain:
@@ -101,8 +100,29 @@ def _spelt(argument: Any) -> str:
     )
 
 
+def _rows(entries: Sequence[Entry]) -> list[tuple[AnyTransform, list[Entry]]]:
+    """The weights that have a transform; those without raw, of which there may be many, as one."""
+    found: dict[Any, list[Entry]] = {}
+    for entry in entries:
+        if entry.transform is not None:
+            trained = entry.name if entry.signature.raw else None
+            found.setdefault((entry.transform, trained), []).append(entry)
+    return [(transform, group) for (transform, _), group in found.items()]
+
+
+def _names(group: Sequence[Entry]) -> str:
+    first, others = _name(group[0]), len(group) - 1
+    return f"{first} and {others} more" if others else first
+
+
 def _name(entry: Entry) -> str:
     return " = ".join(entry.names)
+
+
+def _common(texts: Iterable[str]) -> str:
+    """What all say, or that they differ."""
+    first, *others = set(texts)
+    return "…" if others else first
 
 
 def _shapes(specs: TensorSpec | NamedSpecs) -> str:
@@ -111,8 +131,10 @@ def _shapes(specs: TensorSpec | NamedSpecs) -> str:
     return ", ".join(f"{name}: {spec.shape}" for name, spec in specs)
 
 
-def _number(scalar: Tensor) -> str:
-    return "meta" if scalar.is_meta else f"{scalar.item():.1e}"
+def _largest(scalars: Sequence[Tensor]) -> str:
+    if any(scalar.is_meta for scalar in scalars):
+        return "meta"
+    return f"{max((s.item() for s in scalars), key=lambda x: (isnan(x), x)):.1e}"
 
 
 def _counts(raw: Leaves, state: Leaves) -> tuple[str, str]:

@@ -247,7 +247,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         """Describe raw and state as a table, and say how far each value is from its constraint.
 
         For each transform the shapes of raw, how many numbers are trained, how many there are with
-        those of state (and integers, which pass through), and [`violation`][..violation].
+        those of state (and integers, which pass through), and [`violation`][..violation]. Weights
+        of which nothing is trained (`Frozen`) share a row, here and in `print(p)`.
 
         Returns:
             A table that prints as plain text, and that notebooks and `rich.print` draw.

@@ -4,6 +4,7 @@ import builtins
 import dataclasses
 import html.parser
 import io
+import re
 import subprocess
 import sys
 
@@ -133,6 +134,25 @@ def test_summary_counts_and_measures():
         "b      Mask()     (7,)        7     14    0.0e+00",
         "total                         7     14",
     ]
+
+
+def test_frozen_weights_share_a_row():
+    tree = {f"{i}.{name}": torch.eye(2) for i in range(3) for name in ("q", "v")}
+    tree["head"] = torch.ones(2, 3)
+    rules = {"*.q": LoRA(1), "1.v": Frozen(), "2.v": Orthogonal("qr"), "*": Frozen()}
+    p = fp.parametrize(tree, rules)
+    raw, state = p.init(tree)
+    assert [row[0] for row in repr_rows(p)] == ["0.q", "0.v and 2 more", "1.q", "2.q", "2.v"]
+    assert repr_rows(p)[1][1:] == ["Frozen()", "…", "nothing", "…"]
+    counts = ("nothing", "0", "14", "0.0e+00")
+    assert p.summary(raw, state).rows[1] == ("0.v and 2 more", "Frozen()", *counts)
+    one_shape = fp.parametrize({"a": torch.eye(2), "b": torch.eye(2)}, {"*": Frozen()})
+    row = ["a and 1 more", "Frozen()", "float32 (2, 2)", "nothing", "value: (2, 2)"]
+    assert repr_rows(one_shape) == [row]
+
+
+def repr_rows(p):
+    return [re.split(r"\s{2,}", line) for line in repr(p).splitlines()[2:]]
 
 
 def test_summary_of_half_precision_and_of_the_meta_device():
