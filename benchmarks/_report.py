@@ -29,18 +29,27 @@ def measure(comparisons: Iterable[Comparison], rounds: int, seconds: float = 0.0
 
 
 def table(figures: Sequence[dict], ratios: Sequence[tuple[str, str]]) -> str:
-    """A row for each comparison: its medians in ms, and medians of ratios with their quartiles."""
-    cases, names = list(figures[0]["case"]), list(figures[0]["seconds"])
+    """A row for each comparison: its medians in ms, and medians of ratios with their quartiles.
+
+    A cell is empty where a candidate does not serve the case.
+    """
+    cases = list(figures[0]["case"])
+    names = list(dict.fromkeys(name for figure in figures for name in figure["seconds"]))
     head = [*cases, *(f"{name}, ms" for name in names), *(f"{a} / {b}" for a, b in ratios)]
-    rows = [_row(figure["case"].values(), figure["seconds"], ratios) for figure in figures]
+    rows = [_row(figure["case"].values(), names, figure["seconds"], ratios) for figure in figures]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def _row(case, seconds, ratios):
-    medians = (f"{statistics.median(found) * 1e3:.3g}" for found in seconds.values())
-    gains = (ratio(seconds, *pair) for pair in ratios)
-    return [*case, *medians, *(f"{mid:.2f} ({low:.2f} to {high:.2f})" for mid, low, high in gains)]
+def _row(case, names, seconds, ratios):
+    medians = (f"{statistics.median(seconds[n]) * 1e3:.3g}" if n in seconds else "" for n in names)
+    return [*case, *medians, *(_gain(seconds, *pair) for pair in ratios)]
+
+
+def _gain(seconds, other, ours):
+    if other not in seconds or ours not in seconds:
+        return ""
+    return "{:.2f} ({:.2f} to {:.2f})".format(*ratio(seconds, other, ours))
 
 
 def main(doc: str, comparisons: Callable[..., Iterable[Comparison]], ratios) -> None:

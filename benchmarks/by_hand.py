@@ -60,8 +60,14 @@ def spectral_norm(raw, state):
         v = nn.functional.normalize(X.mT @ u, dim=-2)
         for own, x, y in zip(state, u.squeeze(-1).unbind(), v.squeeze(-1).unbind(), strict=True):
             own["u"], own["v"] = x, y
-    sigma = u.mT @ X @ v
-    return (X / sigma).unbind()
+    return (X / (u.mT @ X @ v)).unbind()
+
+
+def spectral_division(raw, state):
+    """The same without a step."""
+    X = torch.stack(raw)
+    u, v = (torch.stack([own[name] for own in state]).unsqueeze(-1) for name in ("u", "v"))
+    return (X / (u.mT @ X @ v)).unbind()
 
 
 def weight_norm(raw, state):

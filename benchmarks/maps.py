@@ -1,11 +1,14 @@
-"""Forward and backward of parametrized weights: funcparam, PyTorch's own module, one by one.
+"""Forward and backward of parametrized weights: funcparam, PyTorch's own module, geotorch.
 
     python benchmarks/maps.py [--quick]
 
 Every leaf is moved away from its initial value. "one by one" is the same without stacking, so that
-the two ratios show what stacking gives at each size.
+the two ratios show what stacking gives at each size. "by hand" is the bound on what stacking can
+give: the mathematics written out for one stack, nothing checked.
 """
 
+import by_hand
+import geotorch
 import torch
 from _report import Comparison, main
 from torch import nn
@@ -35,27 +38,27 @@ SIZES = [
 ]
 LARGE = [(1, 1024), (4, 1024)]
 QUICK = [(1, 64), (32, 16), (1, 256)]
-RATIOS = [("PyTorch", "funcparam"), ("PyTorch", "one by one")]
+RATIOS = [
+    ("PyTorch", "funcparam"),
+    ("PyTorch", "one by one"),
+    ("PyTorch", "by hand"),
+    ("geotorch", "funcparam"),
+]
+GEOTORCH = {"matrix_exp": "expm", "cayley": "cayley"}
+BY_HAND = by_hand.MAPS | {"spectral_norm": by_hand.spectral_division}
 
 
 def setting(kind, leaves, n):
-    """Three functions that map all leaves and differentiate."""
+    """Functions that map all leaves and differentiate."""
     transform, name, options = KINDS[kind]
     torch.manual_seed(0)
-    net = nn.ModuleList(nn.Linear(n, n, bias=False) for _ in range(leaves))
     grads = [torch.randn(n, n) for _ in range(leaves)]
-    p = fp.parametrize(net, {"*.weight": transform})
-    raw, state = p.init(net)
+    p = fp.parametrize(linears(leaves, n), {"*.weight": transform})
+    raw, state = p.init(linears(leaves, n))
     raw, spec = torch.utils._pytree.tree_flatten(raw)
     raw = [(x + 0.1 * torch.randn_like(x)).requires_grad_() for x in raw]
     tree = torch.utils._pytree.tree_unflatten(raw, spec)
-    for layer in net:
-        getattr(torch_parametrizations, name)(layer, **options)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    net.eval()  # neither side steps its power iteration
-    parameters = list(net.parameters())
+    owns = [dict(state.get(name, {})) for name in p]
 
     def ours():
         torch.autograd.grad(list(p(tree, state).values()), raw, grads)
@@ -64,10 +67,35 @@ def setting(kind, leaves, n):
         values = [p[k].forward(tree[k], state.get(k, {})) for k in p]
         torch.autograd.grad(values, raw, grads)
 
-    def theirs():
-        torch.autograd.grad([layer.weight for layer in net], parameters, grads)
+    def hand():
+        torch.autograd.grad(list(BY_HAND[kind](list(tree.values()), owns)), raw, grads)
 
-    return {"PyTorch": theirs, "funcparam": ours, "one by one": one_by_one}
+    def registered(register):
+        net = linears(leaves, n)
+        for layer in net:
+            register(layer)
+        net.eval()  # no side steps its power iteration
+        parameters = list(net.parameters())
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return lambda: torch.autograd.grad([x.weight for x in net], parameters, grads)
+
+    made = getattr(torch_parametrizations, name)
+    functions = {"PyTorch": registered(lambda layer: made(layer, **options))}
+    if kind in GEOTORCH:
+        triv = GEOTORCH[kind]
+        functions["geotorch"] = registered(
+            lambda layer: geotorch.orthogonal(layer, "weight", triv=triv)
+        )
+    functions |= {"funcparam": ours, "one by one": one_by_one}
+    if leaves > 1 and n <= 64:
+        functions["by hand"] = hand
+    return functions
+
+
+def linears(leaves, n):
+    return nn.ModuleList(nn.Linear(n, n, bias=False) for _ in range(leaves))
 
 
 def comparisons(*, quick=False):

@@ -21,8 +21,9 @@ from _timing import ratio
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-TIMED = "maps", "step", "ensemble", "maml", "binding", "evaluation", "compat"
+TIMED = "maps", "step", "reuse", "ensemble", "maml", "binding", "evaluation", "compat"
 WHOLE = "memory", "compiled", "accuracy"
+BY_MAP = "maps", "step", "reuse", "ensemble"
 PEERS = "torch", "geotorch", "higher", "torchopt", "tensordict"
 
 
@@ -66,11 +67,11 @@ def grouped(name, figures, pairs):
     found = {}
     for figure in figures:
         first = next(iter(figure["case"].values()))
-        what = (
-            f", {first}" if isinstance(first, str) and name in ("maps", "step", "ensemble") else ""
-        )
+        what = f", {first}" if isinstance(first, str) and name in BY_MAP else ""
         for other, ours in pairs:
-            if other not in ("shell", "functional", "by hand") and ours != "one by one":
+            if other in ("shell", "functional", "by hand") or ours in ("one by one", "by hand"):
+                continue
+            if other in figure["seconds"]:
                 side = f" ({ours})" if ours in ("shell", "functional") else ""
                 gain = ratio(figure["seconds"], other, ours)[0]
                 found.setdefault(f"{name}{what}{side}: {other}", []).append(gain)
@@ -80,7 +81,7 @@ def grouped(name, figures, pairs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--only", nargs="*", default=[*TIMED, "accuracy"], help="these alone")
+    parser.add_argument("--only", nargs="*", default=[*TIMED, *WHOLE], help="these alone")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="where everything goes")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
