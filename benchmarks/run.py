@@ -22,7 +22,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 TIMED = "maps", "step", "reuse", "ensemble", "maml", "binding", "evaluation", "compat"
-WHOLE = "memory", "compiled", "accuracy"
+WHOLE = "memory", "compiled", "thresholds", "accuracy"
 BY_MAP = "maps", "step", "reuse", "ensemble"
 PEERS = "torch", "geotorch", "higher", "torchopt", "tensordict"
 

@@ -1,14 +1,13 @@
 """Up to which size stacking equal leaves pays, for every family of transforms.
 
-    python benchmarks/thresholds.py [NAME ...] [--quick] [--json FILE]
+    python benchmarks/thresholds.py [NAME ...] [--quick]
 
 Forward and backward of k equal leaves, stacked and one by one, side by side; a cell is the time one
-by one divided by the stacked time. `stacks_up_to` of a transform is the largest number of entries
-up to which no measured cell is below 1.05; the classes keep it, and this prints what it should be.
+by one divided by the stacked time. The last column is what the transforms keep, `stacks_from` and
+`stacks_up_to`: the sizes up to which no cell from that many leaves on was below 1.05.
 """
 
 import argparse
-import json
 
 import torch
 from _timing import interleaved, machine, ratio
@@ -128,8 +127,8 @@ TRANSFORMS = {
     "Kronecker": (Kronecker((2, 2)), torch.eye),
     "Monarch": (Monarch(2), None),
 }
-SIZES = (8, 16, 32, 64, 128, 256)
-LEAVES = (4, 8, 32)
+SIZES = (16, 32, 64, 128)
+LEAVES = (4, 8, 16, 32)
 
 
 def setting(name, leaves, n):
@@ -145,7 +144,7 @@ def setting(name, leaves, n):
     grads = [torch.randn(n, n) for _ in values]
     names = tuple(p)
     plan = Plan(p.entries)
-    plan._stacks, plan._single = [(transform, names)], []  # at any size
+    plan._eager = [(transform, names)], []  # at any size
 
     def one_by_one():
         found = [transform.forward(raw[k], state.get(k, {})) for k in names]
@@ -157,53 +156,43 @@ def setting(name, leaves, n):
     return {"one by one": one_by_one, "stacked": stacked}
 
 
-def measure(name, quick=False):
+def measure(name, quick):
     """One row a size and number of leaves, as dicts."""
+    rounds, seconds = (3, 0.003) if quick else (9, 0.01)
     rows = []
     for n in SIZES:
         for leaves in LEAVES:
-            times = interleaved(
-                setting(name, leaves, n), 3 if quick else 9, 0.003 if quick else 0.01
-            )
+            times = interleaved(setting(name, leaves, n), rounds, seconds)
             gain, low, high = ratio(times, "one by one", "stacked")
             row = {"transform": name, "n": n, "leaves": leaves}
             rows.append({**row, "gain": gain, "low": low, "high": high})
     return rows
 
 
-def recommended(rows):
-    """The largest number of entries up to which no gain is below 1.05; 0 if the first is."""
-    best = 0
-    for n in SIZES:
-        if min(row["gain"] for row in rows if row["n"] == n) < 1.05:
-            break
-        best = n * n
-    return best
+def kept(transform):
+    side = round(transform.stacks_up_to**0.5)
+    return f"from {transform.stacks_from}, to {side} x {side}" if side else "no"
+
+
+def report(names=tuple(TRANSFORMS), *, quick=False):
+    """All figures, and their table."""
+    sizes = " | ".join(f"{n} x {n}" for n in SIZES)
+    figures, lines = [], [f"| transform | {sizes} | stacked |", "| --- " * (len(SIZES) + 2) + "|"]
+    for name in names[:2] if quick else names:
+        rows = measure(name, quick)
+        cells = [", ".join(f"{row['gain']:.1f}" for row in rows if row["n"] == n) for n in SIZES]
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {kept(TRANSFORMS[name][0])} |")
+        figures += rows
+    return figures, "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="transforms; all by default")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", help="write all figures there")
+    parser.add_argument("names", nargs="*", default=tuple(TRANSFORMS), help="transforms")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, two transforms")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(machine())
-    print()
-    print(f"Gains with {', '.join(map(str, LEAVES))} leaves.")
-    print()
-    print("| transform |" + "".join(f" {n}x{n} |" for n in SIZES) + " up to | kept |")
-    print("|---|" + "---|" * (len(SIZES) + 2))
-    figures = []
-    for name in arguments.names or TRANSFORMS:
-        rows = measure(name, arguments.quick)
-        cells = [", ".join(f"{row['gain']:.2g}" for row in rows if row["n"] == n) for n in SIZES]
-        kept = TRANSFORMS[name][0].stacks_up_to
-        print(f"| {name} | {' | '.join(cells)} | {recommended(rows)} | {kept} |", flush=True)
-        figures += rows
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"machine": machine(), "figures": figures}, file)
+    print(f"{machine()}\n\n{report(arguments.names, quick=arguments.quick)[1]}")
 
 
 if __name__ == "__main__":

@@ -37,21 +37,15 @@ NOT_RUN = "**not run**"
 
 
 class Counting:
-    """A pytest plugin that counts outcomes by transform and law."""
+    """A pytest plugin that counts outcomes by transform and law; see laws/conftest.py."""
 
     def __init__(self):
         self.outcomes = defaultdict(Counter)
-        self.keys = {}
-
-    def pytest_collection_modifyitems(self, items):
-        for item in items:
-            case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-            if case:
-                self.keys[item.nodeid] = str(case), item.path.stem
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" and report.nodeid in self.keys:
-            self.outcomes[self.keys[report.nodeid]][report.outcome] += 1
+        row = dict(report.user_properties).get("row")
+        if report.when == "call" and row:
+            self.outcomes[row, Path(report.fspath).stem][report.outcome] += 1
 
 
 def cell(outcomes):
@@ -100,7 +94,7 @@ def main():
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     counting = Counting()
-    code = pytest.main(["-q", "--no-header", str(LAWS)], plugins=[counting])
+    code = pytest.main(["-q", "--no-header", "-n", "auto", str(LAWS)], plugins=[counting])
     total = sum(sum(each.values()) for each in counting.outcomes.values())
     out.write_text(
         "---\nhide: [navigation, toc]\n---\n\n"
