@@ -166,7 +166,7 @@ def value_of(entry: Entry, given: Mapping[str, Tensor]) -> Tensor:
     """Find the one tensor for the names of an entry, or raise for what is wrong with it."""
     present = [name for name in entry.names if name in given]
     if not present:
-        raise ValueError(f"missing {entry.name!r}; got {describe(given)}")
+        raise ValueError(f"missing {entry.name!r}: p was made with it; got {describe(given)}")
     value = given[present[0]]
     for name in present[1:]:
         _expect_tied(present[0], value, name, given[name])

@@ -12,6 +12,7 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Never
 
 Place = tuple[dict[str, Any], str]
 """The table of a submodule, and the key in it, under which a tensor is kept."""
@@ -174,7 +175,7 @@ class FunctionalCall:
         return [*map(id, tables), *map(id, entries)]
 
 
-def functional_call(net: nn.Module) -> FunctionalCall:
+def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
     """Prepare `net` to be called with other tensors in place of its own.
 
     `functional_call(net)(params, args, kwargs)` returns what
@@ -185,6 +186,10 @@ def functional_call(net: nn.Module) -> FunctionalCall:
 
     Args:
         net: the module. It may change afterwards.
+        *torchs: nothing. PyTorch's own takes the parameters and the arguments here.
+
+    Raises:
+        TypeError: `net` is no module, or more is given.
 
     Example:
         >>> import torch, funcparam as fp
@@ -197,4 +202,9 @@ def functional_call(net: nn.Module) -> FunctionalCall:
     """
     if not isinstance(net, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"functional_call expects a module; got {type(net).__name__}")
+    if torchs:
+        raise TypeError(
+            f"functional_call expects the module alone; got {len(torchs)} more. What it returns is"
+            " called with the rest: fp.functional_call(net)(params, args, kwargs)"
+        )
     return FunctionalCall(net)

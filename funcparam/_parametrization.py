@@ -25,7 +25,7 @@ from funcparam._boundary import (
 )
 from funcparam._inspect import groups, overview, summary
 from funcparam._names import closest
-from funcparam._selection import Rules, select
+from funcparam._selection import Rule, Rules, picked_by, select
 from funcparam._table import Table, Tabular
 from funcparam._tree import Leaf, Structure, flatten
 from funcparam.transforms._base import AnyTransform, Raw, State
@@ -322,6 +322,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     def _check(self, raw: RawTree, state: StateTree) -> None:
         if not self._expected.fits(raw, state):
+            if self._expected.fits(state, raw):
+                raise ValueError("raw, state: expected raw first, p(raw, state); got state first")
             check_raw_tree(self.entries, raw)
             check_state_tree(self.entries, state)
 
@@ -333,7 +335,9 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         for leaf in leaves:  # a module's buffers may stay out of p; its parameters may not
             if not leaf.is_buffer and not any(name in known for name in leaf.names):
                 name = leaf.names[0]
-                raise ValueError(f"unknown name {name!r}; {closest(name, [*known])}")
+                raise ValueError(
+                    f"unknown name {name!r}: p was made without it; {closest(name, [*known])}"
+                )
         return {entry.name: value_of(entry, given) for entry in self.entries}
 
     def _build(self, values: dict[str, Tensor]) -> Params:
@@ -416,18 +420,18 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
     return Parametrization(tuple(_entry(leaf, chosen) for leaf in kept), structure)
 
 
-def _entry(leaf: Leaf, chosen: Mapping[str, AnyTransform]) -> Entry:
+def _entry(leaf: Leaf, chosen: Mapping[str, Rule]) -> Entry:
     name = leaf.names[0]
     if is_lazy(leaf.tensor):
         raise ValueError(
             f"{name!r} is not initialised: its module is lazy. Run one batch through the network"
             " first, which gives the weight its shape"
         )
-    transform = chosen.get(name)
+    selector, transform = chosen.get(name, (name, None))
     try:
         return Entry(leaf.names, signature(transform, leaf.tensor), transform)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{name!r}: {error}") from error
+        raise type(error)(f"{name!r}: {error}{picked_by(selector, name)}") from error
 
 
 def _fresh(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from funcparam.transforms._signature import describe
 Selector: TypeAlias = (
     "str | type[nn.Module] | tuple[type[nn.Module], str] | Callable[[str, Tensor], bool]"
 )
+Rule: TypeAlias = "tuple[Any, AnyTransform]"
 Rules: TypeAlias = "Mapping[Any, AnyTransform] | Sequence[tuple[Selector, AnyTransform]]"
 
 
-def select(rules: Rules, leaves: Sequence[Leaf]) -> dict[str, AnyTransform]:
-    """Find the transform of each leaf that a rule picks, under the leaf's first name.
+def select(rules: Rules, leaves: Sequence[Leaf]) -> dict[str, Rule]:
+    """Find the rule for each leaf that one picks, under the leaf's first name.
 
     Raises:
         TypeError: a rule is not a selector with a transform.
@@ -38,13 +39,23 @@ def select(rules: Rules, leaves: Sequence[Leaf]) -> dict[str, AnyTransform]:
             leaf for leaf in leaves if any(matches(n, leaf, i) for i, n in enumerate(leaf.names))
         ]
         if not matched:
-            names = [name for leaf in leaves for name in leaf.names]
-            raise ValueError(f"rule {_show(selector)} matches nothing; {closest(selector, names)}")
+            near = _nearest(selector, leaves)
+            raise ValueError(f"rule {_show(selector)} matches nothing; {near}")
         won = [leaf.names[0] for leaf in matched if leaf.names[0] not in taken]
         if not won:
             raise ValueError(_never_applies(pairs, selector, matched[0], taken))
         taken |= dict.fromkeys(won, number)
-    return {name: pairs[taken[name]][1] for leaf in leaves if (name := leaf.names[0]) in taken}
+    return {name: pairs[taken[name]] for leaf in leaves if (name := leaf.names[0]) in taken}
+
+
+def picked_by(selector: Any, name: str) -> str:
+    """Say why a transform got this weight, which it refuses, unless the rule names it."""
+    if selector == name:
+        return ""
+    shown = _show(selector)
+    if isinstance(selector, type):
+        return f". Rule {shown} picks all parameters of such a module, ({shown}, 'weight') one"
+    return f". Rule {shown} picks it"
 
 
 def _pairs(rules: Any) -> list[tuple[Any, Any]]:
@@ -105,6 +116,17 @@ def _no_transform(selector: Any, got: Any) -> str:
     )
 
 
+def _nearest(selector: Any, leaves: Sequence[Leaf]) -> str:
+    names = [name for leaf in leaves for name in leaf.names]
+    if isinstance(selector, str):
+        if any(fnmatchcase(name, f"{selector}.*") for name in names):
+            return f"'{selector}.*' matches what is in it"
+        buffers = [name for name in names if fnmatchcase(name, selector)]
+        if buffers:
+            return f"{buffers[0]!r} is a buffer, which only its own name picks"
+    return closest(selector, names)
+
+
 def _never_applies(
     pairs: Sequence[tuple[Any, Any]], selector: Any, leaf: Leaf, taken: Mapping[str, int]
 ) -> str:
@@ -113,7 +135,7 @@ def _never_applies(
     if others:
         return (
             f"{name!r} is tied to {', '.join(map(repr, others))} and can have one"
-            f" rule; got {winner} and {_show(selector)}"
+            f" rule; got {winner} and {_show(selector)}. Leave one of them out"
         )
     return (
         f"rule {_show(selector)} never applies: the earlier rule {winner} takes"

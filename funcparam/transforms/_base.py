@@ -203,6 +203,16 @@ def expect_all(transform: AnyTransform, condition: Tensor, message: str) -> None
         raise ValueError(f"{transform!r} {message}")
 
 
+def expect_range(transform: AnyTransform, value: Tensor, inside: Tensor, expected: str) -> None:
+    """Raise ValueError unless every entry of `value` is `inside`, where entries can be read."""
+    if readable(inside) and not bool(inside.all()):
+        least, most = value.aminmax()
+        raise ValueError(
+            f"{transform!r} expects every entry {expected}; got entries from {least.item():.6g} to"
+            f" {most.item():.6g}: clamp the value first"
+        )
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether entries can be looked at: they exist, and outside of `torch.func` transforms."""
     return has_entries(tensor) and torch.func.debug_unwrap(tensor) is tensor

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from funcparam.transforms._arguments import NUMBER, expect_argument
-from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
+from funcparam.transforms._base import State, Transform, expect_range, expect_real, largest
 from funcparam.transforms._precision import full_precision
 from funcparam.transforms._softplus import inverse_softplus, softplus
 
@@ -64,9 +64,7 @@ class Interval(Transform[Tensor]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
         inside = (value > self.low) & (value < self.high)
-        expect_all(
-            self, inside, "expects every entry strictly between its bounds; clamp the value first"
-        )
+        expect_range(self, value, inside, f"strictly between {self.low} and {self.high}")
         raw = torch.logit((value - self.low) / (self.high - self.low))
         return raw, {
             "low": value.new_full((), self.low),
@@ -127,9 +125,7 @@ class LowerBound(Transform[Tensor]):
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        expect_all(
-            self, value > self.low, "expects every entry above its bound; clamp the value first"
-        )
+        expect_range(self, value, value > self.low, f"above {self.low}")
         return inverse_softplus(value - self.low), {"low": value.new_full((), self.low)}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
@@ -183,9 +179,7 @@ class UpperBound(Transform[Tensor]):
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        expect_all(
-            self, value < self.high, "expects every entry below its bound; clamp the value first"
-        )
+        expect_range(self, value, value < self.high, f"below {self.high}")
         return inverse_softplus(self.high - value), {"high": value.new_full((), self.high)}
 
     def violation(self, value: Tensor, state: State) -> Tensor:

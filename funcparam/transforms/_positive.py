@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from funcparam.transforms._arguments import expect_choice
-from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
+from funcparam.transforms._base import State, Transform, expect_range, expect_real, largest
 from funcparam.transforms._precision import full_precision
 from funcparam.transforms._softplus import inverse_softplus, softplus
 
@@ -64,7 +64,7 @@ class Positive(Transform[Tensor]):
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        expect_all(self, value > 0, "expects every entry to be positive; clamp the value first")
+        expect_range(self, value, value > 0, "to be positive")
         return _MAPS[self.map].inverse(value), {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:

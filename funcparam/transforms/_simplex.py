@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from funcparam.transforms._arguments import expect_choice
-from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
+from funcparam.transforms._base import State, Transform, expect_range, expect_real, largest
 from funcparam.transforms._precision import full_precision
 
 
@@ -65,7 +65,7 @@ class Simplex(Transform[Tensor]):
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        expect_all(self, value > 0, "expects every entry to be positive; clamp the value first")
+        expect_range(self, value, value > 0, "to be positive")
         if self.map == "softmax":
             return value.log(), {}
         # What is left after each entry, added up from the end: 1 - cumsum would cancel.

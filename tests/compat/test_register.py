@@ -258,7 +258,7 @@ def test_a_transform_without_state_comes_after_any_value():
             SymmetricTransform(),
             r"Symmetric\(\) expects a square matrix or a batch of them; got shape \(2, 3",
         ),
-        (Interval(0, 1), "Interval.* expects every entry strictly between its bounds"),
+        (Interval(0, 1), "Interval.* expects every entry strictly between 0 and 1; got"),
     ],
     ids=lambda x: repr(x) if not isinstance(x, str) else "",
 )
