@@ -98,7 +98,8 @@ def stepping(net, x, *, anew=False):
     """A training step but for the optimizer, whose memory is the same on all sides."""
 
     def step():
-        net.train()
+        if not net.training:
+            net.train()
         net.zero_grad(set_to_none=anew)
         net(x).square().mean().backward()
 
@@ -108,7 +109,8 @@ def stepping(net, x, *, anew=False):
 def evaluating(net, x):
     @torch.no_grad()
     def evaluate():
-        net.eval()
+        if net.training:
+            net.eval()
         net(x)
 
     return evaluate
