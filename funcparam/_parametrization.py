@@ -355,22 +355,32 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
     """Choose a transform for each weight by rules, and compose them into one function.
 
     A transform maps raw, the tensors that are trained, to the value, the weight that the network
-    uses: orthogonal, positive, of low rank, whatever raw is. `funcparam.transforms` has them, and
-    [`funcparam.transform`][] makes one from two functions. State is what a transform keeps and
-    does not train, such as a base point. With `p = fp.parametrize(net, rules)`:
+    uses: orthogonal, positive, of low rank, whatever raw is. State is what a transform keeps and
+    does not train, such as a base point. All are in `funcparam.transforms` (`Orthogonal`,
+    `WeightNorm`, `SpectralNorm`, `Positive`, `LoRA`, `Mask`, ...; `dir` lists them), `help` of each
+    has its formula, and `fp.transform(forward, right_inverse)` makes one from two functions.
+    `Chain(a, b)` is two on one weight, the value being `b(a(raw))`.
+
+    The result, `p`, is an immutable mapping from names to transforms, and a function:
 
     * `raw, state = p.init(net)` takes both from the weights of `net`, which stays as it is: two
-      dictionaries by name. `fp.trainable(raw)` lists the tensors for an optimizer.
+      dictionaries by name, of a tensor or a dictionary of tensors each. What no rule picks is in
+      raw as it is, and is trained as it is; `Frozen` keeps a weight from training.
     * `p(raw, state)` gives the weights under the names of `net`, as
       `torch.func.functional_call(net, p(raw, state), (x,))` takes them. It is a pure function:
-      `grad`, `vmap` and `torch.compile` go through.
+      `grad`, `vmap`, `torch.compile` and `torch.export` go through.
+    * `fp.trainable(raw)` lists the tensors for an optimizer, which changes them in place. Without
+      one, `torch.func.grad(loss)(raw, state)` has the names of raw.
     * `state = p.update(raw, state)`, once a training step, advances what evolves besides raw (the
       power iteration of `SpectralNorm`); elsewhere it changes nothing.
-    * `print(p)`, `p.summary(raw, state)` and `p.plot(raw, state)` say what is there.
+    * `print(p)`, `p.summary(raw, state)` and `p.plot(raw, state)` say what is there;
+      `p.violation(net)` says how far each weight is from its constraint.
     * `fp.fold(net, p(raw, state))` is a plain copy of `net` with the weights in it;
-      `fp.checkpoint` writes and reads files; `fp.Parametrized(net, p)` is all this as a module.
+      `torch.save({"raw": raw, "state": state}, path)` saves both, and `fp.checkpoint` reads and
+      writes other files; `fp.Parametrized(net, p)` is all this as a module.
 
-    `parametrize` itself computes and changes nothing: shapes are worked out on meta tensors.
+    `parametrize` itself computes and changes nothing: shapes are worked out on meta tensors. So
+    one `p` serves every network of the same names and shapes, an ensemble's members for one.
 
     Args:
         params: a module, of which all parameters and the buffers that rules name are taken; or
@@ -378,14 +388,18 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
             optree), whose names are paths joined by dots.
         rules: a mapping, or a list of pairs, from selectors to transforms. A selector is
 
-            * a name, `"head.weight"`: the only way to pick a buffer, with the fourth;
-            * a glob, `"encoder.*.weight"`, where `*` matches dots too;
-            * a module type, `nn.Conv2d`: every parameter that sits in such a module;
-            * a pair of module type and name or glob, `(nn.LSTM, "weight_hh_*")`;
+            * a name, `"head.weight"`;
+            * a glob, `"encoder.*.weight"`: `*` is any text, dots too, `?` a character, `[ab]` one
+              of these;
+            * a module type, `nn.Conv2d`: every parameter, biases too, that sits directly in such a
+              module or in one of a subclass;
+            * a pair of module type and name or glob there, `(nn.LSTM, "weight_hh_*")`;
             * a predicate, `lambda name, tensor: tensor.ndim == 2`.
 
-            The first that matches a name wins. Tied weights are one: a rule for one of their
-            names is a rule for the tie.
+            The first that matches a name wins, so narrower ones come first. A weight that has
+            several names because it is tied is one weight: a rule for one of its names is a rule
+            for all. Buffers are picked by their whole name only, alone or in a pair. Names are
+            those of `net.named_parameters()`; no rules at all, `[]`, is allowed.
 
     Returns:
         The parametrization, an immutable [`Parametrization`][funcparam.Parametrization].
@@ -397,20 +411,33 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
 
     Example:
         >>> import torch, funcparam as fp
-        >>> from funcparam.transforms import Orthogonal, Positive
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
-        >>> p = fp.parametrize(net, {"0.weight": Orthogonal(), "1.weight": Positive()})
+        >>> from torch import nn
+        >>> from funcparam.transforms import Affine, Chain, Orthogonal, Positive, UnitNorm
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+        >>> p = fp.parametrize(
+        ...     net,
+        ...     {
+        ...         "0.weight": Orthogonal(),
+        ...         (nn.BatchNorm1d, "weight"): Positive(),
+        ...         "*.weight": Chain(UnitNorm(), Affine(scale=2.0)),  # rows of length 2
+        ...     },
+        ... )
+        >>> list(p)
+        ['0.weight', '1.weight', '2.weight']
         >>> raw, state = p.init(net)
         >>> optimizer = torch.optim.Adam(fp.trainable(raw), lr=0.1)
         >>> x, y = torch.randn(8, 4), torch.randn(8, 4)
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
         ...     out = torch.func.functional_call(net, p(raw, state), (x,))
-        ...     torch.nn.functional.mse_loss(out, y).backward()
+        ...     nn.functional.mse_loss(out, y).backward()
         ...     optimizer.step()
         ...     state = p.update(raw, state)
-        >>> W = p(raw, state)["0.weight"]
+        >>> values = p(raw, state)
+        >>> W = values["0.weight"]
         >>> torch.allclose(W.T @ W, torch.eye(4), atol=1e-5)
+        True
+        >>> torch.allclose(values["2.weight"].norm(dim=1), torch.tensor(2.0))
         True
         >>> trained = fp.fold(net, p(raw, state))
     """
