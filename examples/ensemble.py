@@ -52,18 +52,13 @@ def digits(turned=False):
     return x[train], y[train], x[test], y[test]
 
 
-# --8<-- [start:stack]
-def stack(pairs):
-    """Many pairs of raw and state as one pair."""
-    return optree.tree_map(lambda *tensors: torch.stack(tensors), *pairs)
-
-
+# --8<-- [start:loss]
 def member_loss(p, net):
     """The loss of one network, as a function of its raw and state."""
     return lambda raw, state, x, y: F.cross_entropy(functional_call(net, p(raw, state), (x,)), y)
 
 
-# --8<-- [end:stack]
+# --8<-- [end:loss]
 
 
 # --8<-- [start:train]
@@ -131,7 +126,8 @@ def beside_a_loop(p, net, raws, states, data, rounds):
 
     def in_a_loop():
         pick = [optree.tree_map(lambda t, i=i: t[i], (raws, states)) for i in range(MEMBERS)]
-        return stack([one(raw, state, x, y) for raw, state in pick])
+        gradients = [one(raw, state, x, y) for raw, state in pick]
+        return optree.tree_map(lambda *ts: torch.stack(ts), *gradients)
 
     seconds = [[], []]
     for _ in range(rounds):
@@ -149,7 +145,7 @@ def ensemble(data, epochs, rounds):
     # --8<-- [start:ensemble]
     nets = [network() for _ in range(MEMBERS)]
     p = fp.parametrize(nets[0], {"*.weight": WeightNorm()})
-    raws, states = stack([p.init(net) for net in nets])
+    raws, states = optree.tree_map(lambda *ts: torch.stack(ts), *[p.init(net) for net in nets])
     # --8<-- [end:ensemble]
     train(p, nets[0], raws, states, (x, y), epochs, "ensemble")
     raws = optree.tree_map(torch.Tensor.detach, raws)
@@ -184,7 +180,8 @@ def sweep_bounds(data, epochs):
         return fp.parametrize(nets[0], {"*.weight": Interval(-bound, bound)})
 
     # Each network starts from its own values, with its own bound in state; then one p serves all.
-    raws, states = stack([within(bound).init(net) for bound in BOUNDS for net in nets])
+    pairs = [within(bound).init(net) for bound in BOUNDS for net in nets]
+    raws, states = optree.tree_map(lambda *ts: torch.stack(ts), *pairs)
     p = within(1.0)
     # --8<-- [end:bounds]
     train(p, nets[0], raws, states, (x, y), epochs, "bounds")
@@ -222,8 +219,9 @@ def sweep_ranks(base, data, epochs):
         return state | {name: state[name] | {"scale": scale} for name in adapted}
 
     adapted = [name for name in p if isinstance(p[name], LoRA)]
-    pairs = [p.init(base) for _ in range(SEEDS)]
-    raws, states = stack([(raw, limited(state, rank)) for rank in RANKS for raw, state in pairs])
+    inits = [p.init(base) for _ in range(SEEDS)]
+    pairs = [(raw, limited(state, rank)) for rank in RANKS for raw, state in inits]
+    raws, states = optree.tree_map(lambda *ts: torch.stack(ts), *pairs)
     # --8<-- [end:ranks]
     train(p, base, raws, states, (x, y), epochs, "ranks")
     probabilities = predict(p, base, raws, states, x_test)

@@ -159,6 +159,8 @@ def plot(sounds, losses, start, path):
     axes[3].plot(range(start), losses[:start], lw=0.8, label="torch's hooks")
     axes[3].plot(range(start, len(losses)), losses[start:], lw=0.8, label="funcparam")
     axes[3].set(title="spectral loss", xlabel="step", yscale="log")
+    axes[3].set_yticks([1, 2, 3, 4], "1234")
+    axes[3].minorticks_off()
     axes[3].legend(frameon=False)
     axes[3].spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)

@@ -147,7 +147,7 @@ def adapters(net, transform, heads):
     p = fp.parametrize(net, {**rules, "head.*": Identity(), "*": Frozen()})
     pairs = [p.init(net) for _ in TASKS]
     state = pairs[0][1]  # the frozen encoder, once
-    raws = optree.tree_map(lambda *leaves: torch.stack(leaves), *(raw for raw, _ in pairs))
+    raws = optree.tree_map(lambda *ts: torch.stack(ts), *[raw for raw, _ in pairs])
     raws["head.weight"], raws["head.bias"] = heads
 
     def one(raw, ids, mask):
@@ -160,9 +160,8 @@ def adapters(net, transform, heads):
 
 def train(made, batches, label):
     """Adam on both adapters at once; what they became, and the loss of every step, by task."""
-    leaves = [leaf.clone().requires_grad_() for leaf in optree.tree_leaves(made.raws)]
-    raws = optree.tree_unflatten(optree.tree_structure(made.raws), leaves)
-    optimizer = torch.optim.Adam(leaves, lr=2e-3)
+    raws = optree.tree_map(torch.clone, made.raws)
+    optimizer = torch.optim.Adam(fp.trainable(raws), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, len(batches))
     history = []
     for ids, mask, labels in tqdm(batches, desc=label, disable=None):

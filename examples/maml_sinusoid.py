@@ -87,10 +87,8 @@ def meta_loss(values, net, steps=STEPS):
 
 def train(loss, raw, iterations, label, seed=0):
     """Adam on the error after the last inner step; the errors of each meta-iteration."""
-    leaves, spec = tree_flatten(raw)
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    raw = tree_unflatten(leaves, spec)
-    optimizer = torch.optim.Adam(leaves, lr=1e-3)
+    raw = tree_map(torch.clone, raw)
+    optimizer = torch.optim.Adam(fp.trainable(raw), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     history = []
     start = time.perf_counter()
@@ -166,6 +164,9 @@ def plot(histories, path):
         after = history[:, -1].unfold(0, window, 1).mean(-1)
         axes.plot(range(window, len(history) + 1), after, label=label)
     axes.set(xlabel="meta-iteration", ylabel="squared error after 5 steps", yscale="log")
+    marks = 0.1, 0.2, 0.5, 1, 2, 4
+    axes.set_yticks(marks, map(str, marks))
+    axes.minorticks_off()
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

@@ -127,8 +127,7 @@ def ensemble(p, rates, data, epochs):
     """Train all members at once: one vmap over stacked raw and state."""
     x, y, x_test, y_test = data
     nets = [Classifier() for _ in range(MEMBERS)]
-    pairs = [p.init(net) for net in nets]
-    raws, states = optree.tree_map(lambda *tensors: torch.stack(tensors), *pairs)
+    raws, states = optree.tree_map(lambda *ts: torch.stack(ts), *[p.init(net) for net in nets])
 
     def logits(raw, state, x):
         return functional_call(nets[0], p(raw, state), (x,))

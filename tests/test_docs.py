@@ -4,6 +4,8 @@ import contextlib
 import inspect
 import io
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -32,13 +34,14 @@ def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     text = page.read_text(encoding="utf-8")
-    namespace = {"__name__": "__main__"}
+    main = types.ModuleType("__main__")  # where the compiler looks for the names of a page
+    monkeypatch.setitem(sys.modules, "__main__", main)
     for block in BLOCK.finditer(text):
         first = text.count("\n", 0, block.start("code"))
         code = compile("\n" * first + block["code"], str(page), "exec")
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            exec(code, namespace)
+            exec(code, vars(main))
         if block["printed"] is not None:
             where = f"{page.name}, the block at line {first + 1}"
             assert out.getvalue().rstrip() == block["printed"].rstrip(), where
@@ -73,10 +76,17 @@ def test_every_public_name_is_documented():
 
 def test_the_readme_names_tests_that_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    cells = re.findall(r"\[`(problem_\w+)`\]\((tests/\S+\.py)\)", readme)
+    cells = re.findall(r"\[`(\w+)`\]\((tests/\S+\.py)\)", readme)
     assert len(cells) > 15
     for name, path in cells:
         assert f"def test_{name}" in (ROOT / path).read_text(encoding="utf-8"), (name, path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    """Those of the documentation are checked when it is built."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
 
 
 # Each call in the table of transforms, with its row.
