@@ -356,10 +356,10 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
 
     A transform maps raw, the tensors that are trained, to the value, the weight that the network
     uses: orthogonal, positive, of low rank, whatever raw is. State is what a transform keeps and
-    does not train, such as a base point. All are in `funcparam.transforms` (`Orthogonal`,
-    `WeightNorm`, `SpectralNorm`, `Positive`, `LoRA`, `Mask`, ...; `dir` lists them), `help` of each
-    has its formula, and `fp.transform(forward, right_inverse)` makes one from two functions.
-    `Chain(a, b)` is two on one weight, the value being `b(a(raw))`.
+    does not train, such as a base point. The transforms are in `funcparam.transforms`
+    (`Orthogonal`, `WeightNorm`, `SpectralNorm`, `Positive`, `LoRA`, `Mask`, ...; `dir` lists them),
+    `help` of each has its formula, and `fp.transform(forward, right_inverse)` makes one from two
+    functions. `Chain(a, b)` is two on one weight, the value being `b(a(raw))`.
 
     The result, `p`, is an immutable mapping from names to transforms, and a function:
 
@@ -374,7 +374,7 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
     * `state = p.update(raw, state)`, once a training step, advances what evolves besides raw (the
       power iteration of `SpectralNorm`); elsewhere it changes nothing.
     * `print(p)`, `p.summary(raw, state)` and `p.plot(raw, state)` say what is there;
-      `p.violation(net)` says how far each weight is from its constraint.
+      `p.violation(p(raw, state), state)`, how far each weight is from its constraint.
     * `fp.fold(net, p(raw, state))` is a plain copy of `net` with the weights in it;
       `torch.save({"raw": raw, "state": state}, path)` saves both, and `fp.checkpoint` reads and
       writes other files; `fp.Parametrized(net, p)` is all this as a module.
