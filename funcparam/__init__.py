@@ -7,7 +7,8 @@ from funcparam import transforms
 from funcparam._call import ParametrizedCall, recompute
 from funcparam._functional_call import FunctionalCall, functional_call
 from funcparam._module import Parametrized, fold
-from funcparam._parametrization import Parametrization, parametrize
+from funcparam._parametrization import Parametrization
+from funcparam._parametrize import parametrize
 from funcparam._trainable import trainable
 from funcparam.transforms import Transform, transform
 

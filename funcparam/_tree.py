@@ -1,16 +1,15 @@
-"""Trees of tensors as flat names: the only place that knows optree."""
+"""Modules and trees of tensors as flat names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
-import optree
-from optree import MappingEntry, NamedTupleEntry, PyTreeAccessor
 from torch import Tensor, nn
 
-from funcparam.transforms._signature import describe
+if TYPE_CHECKING:
+    from funcparam._nested import Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,23 +21,6 @@ class Leaf:
     owners: tuple[tuple[nn.Module, str], ...] = ()
     """The modules it sits in, with its name there; empty outside of modules."""
     is_buffer: bool = False
-
-
-@dataclass(frozen=True)
-class Structure:
-    """How to put a flat dictionary of leaves back into a tree."""
-
-    spec: optree.PyTreeSpec
-    names: tuple[str, ...]
-    _template: Any = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        # A spec made outside a torch.compile trace cannot be used inside it; a tree of names can.
-        object.__setattr__(self, "_template", optree.tree_unflatten(self.spec, self.names))
-
-    def fill(self, values: Mapping[str, Any]) -> Any:
-        """Build the tree with `values[name]` at each name."""
-        return optree.tree_map(values.__getitem__, self._template)
 
 
 def flatten(tree: Any) -> tuple[list[Leaf], Structure | None]:
@@ -54,16 +36,12 @@ def flatten(tree: Any) -> tuple[list[Leaf], Structure | None]:
     """
     if isinstance(tree, nn.Module):
         return [*_merge(_module_leaves(tree))], None
-    leaves, structure = _tree_leaves(tree)
-    seen: set[str] = set()
-    for leaf in leaves:
-        name = leaf.names[0]
-        if not isinstance(leaf.tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{name!r}: expected a tensor; got {describe(leaf.tensor)}")
-        if name in seen:
-            raise ValueError(f"{name!r}: expected one leaf of this name; got two")
-        seen.add(name)
-    return [*_merge(leaves)], structure
+    if _is_flat(tree):
+        return [*_merge(_named(tree))], None
+    from funcparam._nested import flatten_nested  # optree is a third of the import
+
+    named, structure = flatten_nested(tree)
+    return [*_merge(_named(named))], structure
 
 
 def _module_leaves(module: nn.Module) -> Iterator[Leaf]:
@@ -77,35 +55,19 @@ def _module_leaves(module: nn.Module) -> Iterator[Leaf]:
             yield Leaf(tensor, (name,), ((owners[prefix], local),), is_buffer)
 
 
-def _tree_leaves(tree: Any) -> tuple[list[Leaf], Structure | None]:
-    if isinstance(tree, Mapping):
-        items = cast("Mapping[Any, Any]", tree).items()
-        if all(isinstance(key, str) and isinstance(leaf, Tensor) for key, leaf in items):
-            return [Leaf(tensor, (name,)) for name, tensor in items], None
-    accessors: list[PyTreeAccessor]
-    tensors: list[Any]
-    try:
-        accessors, tensors, spec = optree.tree_flatten_with_accessor(cast("Any", tree))
-    except RecursionError:
-        raise ValueError("expected a tree of tensors; got one that is nested without end") from None
-    names = tuple(map(_dotted, accessors))
-    leaves = [Leaf(tensor, (name,)) for name, tensor in zip(names, tensors, strict=True)]
-    return leaves, Structure(spec, names)
+def _is_flat(tree: Any) -> bool:
+    if not isinstance(tree, Mapping):
+        return False
+    items = cast("Mapping[Any, Any]", tree).items()
+    return all(isinstance(key, str) and isinstance(leaf, Tensor) for key, leaf in items)
 
 
-def _dotted(accessor: PyTreeAccessor) -> str:
-    parts: list[str] = []
-    for entry in accessor:
-        if isinstance(entry, NamedTupleEntry):
-            parts.append(entry.field)
-        elif isinstance(entry, MappingEntry):
-            parts.append(str(cast("object", entry.key)))
-        else:
-            parts.append(str(entry.entry))
-    return ".".join(parts)
+def _named(tensors: Mapping[str, Tensor]) -> Iterator[Leaf]:
+    for name, tensor in tensors.items():
+        yield Leaf(tensor, (name,))
 
 
-def _merge(leaves: Iterator[Leaf] | list[Leaf]) -> Iterator[Leaf]:
+def _merge(leaves: Iterator[Leaf]) -> Iterator[Leaf]:
     """Join the leaves that are one tensor."""
     tied: dict[int, list[Leaf]] = {}
     for leaf in leaves:

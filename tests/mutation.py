@@ -34,6 +34,7 @@ OF_TRANSFORMS = ["bad_input", "errors", "constraints", "structured", "manifolds"
 OF_TRANSFORMS += ["problems", "skew_exp", "fused_norm", "edges", "batching", "geotorch"]
 OF_HELPERS = {
     "_parametrization": ["parametrization", "selection", "inspect", "batching", "errors", "module"],
+    "_parametrize": ["parametrization", "selection", "errors"],
     "_signature": ["parametrization", "selection", "errors", "own_transforms", "bad_input"],
     "_spellings": ["codec", "keys", "errors"],
     "_arguments": ["bad_input", "errors"],
@@ -151,7 +152,7 @@ def main():
     parser.add_argument("--least", type=float, default=0.85, help="the share to be killed")
     options = parser.parse_args()
     package = ROOT / "funcparam"
-    every = [*sorted((package / "transforms").glob("_[!_]*.py")), package / "_parametrization.py"]
+    every = [*sorted((package / "transforms").glob("_[!_]*.py")), *package.glob("_parametriz*.py")]
     files = [path.resolve().relative_to(ROOT) for path in options.files or every]
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
