@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from funcparam.transforms._signature import (
 
 RawTree: TypeAlias = Mapping[str, Raw]
 StateTree: TypeAlias = Mapping[str, State]
+
+T = TypeVar("T")
 
 _DICTS = (dict, MappingProxyType)
 
@@ -79,9 +81,10 @@ class Expected:
             tensors += own.values()
         try:
             shapes, dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
+            metas = {t.is_meta for t in tensors}  # what a product with others makes garbage of
         except AttributeError:
             return False
-        return shapes == self._shapes and dtypes == self._dtypes
+        return len(metas) < 2 and shapes == self._shapes and dtypes == self._dtypes
 
 
 def check_raw_tree(entries: Sequence[Entry], raw: RawTree) -> None:
@@ -128,6 +131,58 @@ def _check_state(entry: Entry, state: StateTree) -> None:
         raise ValueError(
             f"state: missing {entry.name!r} with {names}."
             " raw, state = p.init(...) makes it, and p(raw, state) needs both"
+        )
+
+
+def explained(
+    entries: Sequence[Entry],
+    evaluate: Callable[[RawTree, StateTree], T],
+    raw: RawTree,
+    state: StateTree,
+) -> T:
+    """Evaluate; if that fails because raw and state do not fit together, say so."""
+    if torch.compiler.is_compiling():
+        return evaluate(raw, state)
+    try:
+        return evaluate(raw, state)
+    except RuntimeError:  # to look before would take longer than the quickest map
+        expect_one_device(entries, raw, state)
+        _expect_one_precision(entries, raw, state)
+        raise
+
+
+def expect_one_device(entries: Sequence[Entry], raw: RawTree, state: StateTree) -> None:
+    """Raise for raw and state of one weight on several devices."""
+    for entry in entries:
+        devices = {path: tensor.device for path, tensor in _tensors(entry, raw, state)}
+        _expect_one("device", entry, devices)
+
+
+def _expect_one_precision(entries: Sequence[Entry], raw: RawTree, state: StateTree) -> None:
+    """Raise for raw and state of one weight in several precisions."""
+    for entry in entries:
+        dtypes = {path: tensor.dtype for path, tensor in _tensors(entry, raw, state)}
+        inexact = {p: d for p, d in dtypes.items() if d.is_floating_point or d.is_complex}
+        _expect_one("precision", entry, {path: d.to_real() for path, d in inexact.items()})
+
+
+def _tensors(entry: Entry, raw: RawTree, state: StateTree) -> Iterator[tuple[str, Tensor]]:
+    own, where = raw[entry.name], f"raw[{entry.name!r}]"
+    if isinstance(own, Tensor):
+        yield where, own
+    else:
+        yield from ((f"{where}[{key!r}]", tensor) for key, tensor in own.items())
+    for key, tensor in state.get(entry.name, {}).items():
+        yield f"state[{entry.name!r}][{key!r}]", tensor
+
+
+def _expect_one(what: str, entry: Entry, found: Mapping[str, object]) -> None:
+    kinds = list(found.values())
+    if any(kind != kinds[0] for kind in kinds):
+        got = ", ".join(f"{path} in {kind}" for path, kind in found.items())
+        raise ValueError(
+            f"{entry.name!r}: expected raw and state of one {what}; got {got}. Convert them alike,"
+            " with .to"
         )
 
 

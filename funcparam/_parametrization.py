@@ -20,6 +20,8 @@ from funcparam._boundary import (
     check_state_tree,
     expect_finite,
     expect_finite_raw,
+    expect_one_device,
+    explained,
     value_of,
 )
 from funcparam._inspect import groups, overview, summary
@@ -118,7 +120,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
                 not what `init` returns. Nothing was computed.
         """
         self._check(raw, state)
-        return self._build(self._plan.evaluate(raw, state))
+        return self._build(explained(self.entries, self._plan.evaluate, raw, state))
 
     def advance(self, raw: RawTree, state: StateTree = _NOTHING) -> tuple[Params, dict[str, State]]:
         """Take the step of [`update`][..update], and map raw to the parameters with the new state.
@@ -134,7 +136,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             >>> params, state = p.advance(raw, state)
         """
         self._check(raw, state)
-        values, new = self._plan.advance(raw, state)
+        values, new = explained(self.entries, self._plan.advance, raw, state)
         return self._build(values), new
 
     def update(self, raw: RawTree, state: StateTree) -> dict[str, State]:
@@ -144,7 +146,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         same tensor in the result.
         """
         self._check(raw, state)
-        return self._plan.update(raw, state)
+        return explained(self.entries, self._plan.update, raw, state)
 
     def rebase(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Raw], dict[str, State]]:
         """Move base points to the current values, which stay as they are.
@@ -325,6 +327,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
                 raise ValueError("raw, state: expected raw first, p(raw, state); got state first")
             check_raw_tree(self.entries, raw)
             check_state_tree(self.entries, state)
+            expect_one_device(self.entries, raw, state)
 
     def _values(self, values: Any) -> dict[str, Tensor]:
         """The tensors that p was made for, under their first names."""

@@ -226,6 +226,25 @@ def test_copies_of_a_tie_are_equal_where_both_have_nan():
             p.init({**tree, "b": other})
 
 
+def test_state_beside_raw_of_another_precision():
+    net, p = mixed(mlp(dtype=torch.float32))
+    raw, state = p.init(net)
+    low, _ = p.init(net.to(torch.bfloat16))
+    exact = p(raw, state)
+    for values, new in (p.advance(low, state), (p(low, state), p.update(low, state))):
+        for name, value in values.items():
+            assert value.dtype == torch.bfloat16
+            torch.testing.assert_close(value.float(), exact[name], rtol=0.05, atol=0.05)
+        assert {t.dtype for own in new.values() for t in own.values()} == {torch.float32}
+    double = {**raw, "0.weight": raw["0.weight"].double()}
+    for evaluate in (p, p.advance):
+        with pytest.raises(ValueError, match="'0.weight': expected raw and state of one precision"):
+            evaluate(double, state)
+    double = {**raw, "4.weight": raw["4.weight"].double()}
+    with pytest.raises(ValueError, match="'4.weight': expected raw and state of one precision"):
+        p.update(double, state)
+
+
 # The mapping
 
 

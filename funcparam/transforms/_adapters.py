@@ -367,6 +367,7 @@ class OFT(Transform[Tensor]):
         side = value.flatten(1).shape[1] // self.blocks
         return value.new_zeros(self.blocks, side, side), {"base": value}
 
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 

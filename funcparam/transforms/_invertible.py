@@ -79,6 +79,7 @@ class Invertible(Transform[Tensor]):
         _expect_invertible(self, value)
         return torch.zeros_like(value), {"base": value}
 
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return torch.zeros_like(raw), {"base": self.forward(raw, state)}
 

@@ -130,6 +130,7 @@ class Orthogonal(Transform[Tensor]):
         raw, signs = reflectors(tall)
         return raw.mT if wide else raw, {"signs": signs}
 
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         if not self.trivialize:
             return raw, state
@@ -207,6 +208,7 @@ class SpecialOrthogonal(Transform[Tensor]):
         sign: Tensor = linalg.det(base).sign()[..., None, None]
         return raw, {"base": torch.cat([base[..., :-1], base[..., -1:] * sign], dim=-1)}
 
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 
@@ -264,6 +266,7 @@ class Unitary(Transform[Tensor]):
     ) -> tuple[Tensor, State]:
         return Orthogonal(self.map).right_inverse(value)
 
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 

@@ -17,8 +17,8 @@ def full_precision(method: Method) -> Method:
     """Run a transform's method with autocast off and half-precision tensors in float32.
 
     LU, QR and the exponential do not exist in half precision on all devices, and lose the
-    constraint where they do. Tensors come back in the dtype that the first argument, raw or a
-    value, had.
+    constraint where they do. State, and raw that is moved, come back in the dtypes that they had,
+    anything else in that of the first argument, raw or a value.
 
     Example:
         >>> import torch
@@ -36,14 +36,18 @@ def full_precision(method: Method) -> Method:
         tensor = first if isinstance(first, Tensor) else next(iter(first.values()), None)
         if tensor is None:
             return method(self, first, *rest, **kwargs)
-        dtype = tensor.dtype
+        low = tensor.dtype
         if _autocast_is_on(tensor):
             with autocast_off(tensor):
                 return run(self, first, *rest, **kwargs)
-        if dtype not in _LOW:
+        if low not in _LOW:
             return method(self, first, *rest, **kwargs)
-        args = (_cast(arg, dtype, torch.float32) for arg in (first, *rest))
-        return _cast(method(self, *args, **kwargs), torch.float32, dtype)
+        out = method(self, *widened((first, *rest)), **kwargs)
+        state = rest[0] if rest else None
+        if isinstance(out, tuple):
+            raw, own = cast("tuple[Any, Any]", out)
+            return _narrowed(raw, first, low), _narrowed(own, state, low)
+        return _narrowed(out, state, low)
 
     return cast("Method", run)
 
@@ -60,6 +64,15 @@ def widened(tree: Any) -> Any:
     for dtype in _LOW:
         tree = _cast(tree, dtype, torch.float32)
     return tree
+
+
+def _narrowed(tree: Any, old: Any, low: torch.dtype) -> Any:
+    """The tree in the dtypes that its tensors had in `old`, and what is new in the low one."""
+    if isinstance(tree, Mapping):
+        olds = cast("Mapping[str, Any]", old if isinstance(old, Mapping) else {})
+        items = cast("Mapping[str, Any]", tree).items()
+        return {key: _narrowed(item, olds.get(key), low) for key, item in items}
+    return _cast(tree, torch.float32, old.dtype if isinstance(old, Tensor) else low)
 
 
 def _autocast_is_on(tensor: Tensor) -> bool:

@@ -68,6 +68,7 @@ class Stiefel(Transform[Tensor]):
     ) -> tuple[Tensor, State]:
         return torch.zeros_like(value), {"base": _nearby_frame(value)}
 
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 
@@ -131,6 +132,7 @@ class Grassmann(Transform[Tensor]):
     ) -> tuple[Tensor, State]:
         return torch.zeros_like(value), {"base": _nearby_frame(value)}
 
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 

@@ -85,6 +85,21 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(case, shape, dty
                 torch.testing.assert_close(found, expected.to(found.dtype), rtol=eps, atol=eps)
 
 
+@every_row
+def test_state_keeps_its_precision_beside_raw_in_half(case, shape):
+    raw, state = (cast(tree, torch.float32) for tree in raw_and_state(case, shape))
+    low = cast(raw, torch.bfloat16)
+    value = case.transform.forward(low, state)
+    expected = case.transform.forward(cast(low, torch.float32), state)
+    eps = 4 * torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(value.to(expected.dtype), expected, rtol=eps, atol=eps)
+    moved, base = case.transform.rebase(low, state)
+    dtypes = {key: tensor.dtype for key, tensor in state.items()}
+    for new in (base, case.transform.update(low, state)):
+        assert {key: tensor.dtype for key, tensor in new.items()} == dtypes
+    assert [t.dtype for t in tensors(moved)] == [t.dtype for t in tensors(low)]
+
+
 def inverse(case, value):
     def compute(raw, state):
         dtype = next((t.dtype for t in tensors(raw) if t.is_floating_point()), torch.float32)
