@@ -271,6 +271,11 @@ def test_bounds_in_state_are_swept_by_vmap():
     close(UpperBound(1).forward(raw, {"high": state["high"] + 2}), torch.full((3,), 2.0))
 
 
+def test_frozen_complex_values_have_a_distance():
+    _, state = Frozen().right_inverse(torch.zeros(2, dtype=torch.complex64))
+    assert Frozen().violation(torch.tensor([1j, 0]), state) == 1
+
+
 def test_frozen_parts_stay_and_gates_stay_orthogonal():
     lstm = torch.nn.LSTM(3, 4)
     gates = Cat([fp.transforms.Orthogonal()] * 3 + [Frozen()])

@@ -116,6 +116,19 @@ def test_thin_frames_take_thin_memory():
 # fixed rank, almost orthogonal
 
 
+@pytest.mark.parametrize("transform", [FixedRank(2), AlmostOrthogonal(0.5)], ids=str)
+def test_raw_reaches_every_direction_of_the_manifold(transform):
+    """The rank of the Jacobian is the dimension of the matrices near the value."""
+    m, n = 5, 3
+    U, _, Vh = torch.linalg.svd(randn(m, n), full_matrices=False)
+    spectrum = torch.tensor([1.2, 1.1, 0.8], dtype=torch.float64)
+    raw, state = transform.right_inverse(U * spectrum @ Vh)
+    jacobian = jacrev(lambda raw: transform.forward(raw, state))(raw)
+    J = torch.cat([part.reshape(m * n, -1) for part in tensors(jacobian)], dim=1)
+    dimension = 2 * (m + n - 2) if isinstance(transform, FixedRank) else m * n
+    assert torch.linalg.matrix_rank(J, rtol=1e-9) == dimension
+
+
 def test_equal_singular_values_have_finite_derivatives():
     """A derivative of the singular value decomposition would divide by their differences."""
     for transform in (FixedRank(3), AlmostOrthogonal(0.5)):

@@ -40,6 +40,7 @@ from funcparam.transforms import (
     Transpose,
     UnitNorm,
     VeRA,
+    WeightNorm,
     WeightStandardization,
 )
 
@@ -401,6 +402,12 @@ def test_a_chain_checks_the_shape_that_each_part_returns():
         chain.check(torch.ones(4, 4))
     with pytest.raises(ValueError, match="square"):
         Chain(Symmetric(), Reshape((2, 8), (4, 4))).check(torch.ones(4, 4))
+
+
+def test_a_chain_says_which_part_has_named_raw():
+    chain = Chain(Identity(), WeightStandardization(), WeightNorm(), Identity(), Identity())
+    with pytest.raises(ValueError, match=r"got WeightNorm\(dim=0\) at position 2"):
+        chain.right_inverse(torch.ones(2, 2))
 
 
 def test_the_violation_of_a_chain_looks_through_moved_entries():
