@@ -18,6 +18,8 @@ from funcparam.transforms._base import State, Transform, expect_dim, largest
 from funcparam.transforms._linalg import linalg
 from funcparam.transforms._precision import full_precision
 
+_SMALL = 64 * 64
+
 
 @final
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ class SpectralNorm(Transform[Tensor]):
             sigma: Tensor = linalg.matrix_norm(X, 2)
         else:
             sigma = _inner(state["u"], torch.mv(X, state["v"]))
-        return raw * self._reciprocal(sigma)  # cheaper than a division, backwards too
+        sigma = self._divisor(sigma)
+        # The derivative of a division passes over raw more often; small weights are too short for
+        # that to count, and one operation less does.
+        return raw / sigma if raw.numel() <= _SMALL else raw * sigma.reciprocal()
 
     @full_precision
     def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
@@ -87,7 +92,7 @@ class SpectralNorm(Transform[Tensor]):
             return super().forward_stacked(raw, state)
         outer = state["u"].unsqueeze(-1) * state["v"].unsqueeze(-2)
         sigma = (self._matrices(raw) * outer).sum((-2, -1))
-        return raw * self._reciprocal(sigma).reshape(-1, *[1] * (raw.ndim - 1))
+        return raw * self._divisor(sigma).reciprocal().reshape(-1, *[1] * (raw.ndim - 1))
 
     @full_precision
     def right_inverse(
@@ -149,8 +154,9 @@ class SpectralNorm(Transform[Tensor]):
             (norm > self.eps) & (norm < inf), vector / norm.clamp_min(self.eps), last
         )
 
-    def _reciprocal(self, sigma: Tensor) -> Tensor:
-        return (sigma + (sigma.abs() < self.eps)).reciprocal()
+    def _divisor(self, sigma: Tensor) -> Tensor:
+        """Sigma, and 1 more where it counts as zero."""
+        return sigma + (sigma.abs() < self.eps)
 
     def _sums_do(self, stack: Tensor) -> bool:
         """Whether a stack is served by products of entries and sums; they beat small matmuls."""
