@@ -35,7 +35,8 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
 
     * `raw, state = p.init(net)` takes both from the weights of `net`, which stays as it is: two
       dictionaries by name, of a tensor or a dictionary of tensors each. What no rule picks is in
-      raw as it is, and is trained as it is; `Frozen` keeps a weight from training.
+      raw as it is, and is trained as it is, also if it was frozen in the network: `Frozen()`, or
+      a part of raw for `fp.trainable`, keeps a weight from training.
     * `p(raw, state)` gives the weights under the names of `net`, as
       `torch.func.functional_call(net, p(raw, state), (x,))` takes them. It is a pure function:
       `grad`, `vmap`, `torch.compile` and `torch.export` go through.

@@ -15,7 +15,8 @@ def trainable(raw: RawTree) -> list[Tensor]:
     """List the tensors of raw for an optimizer, each made to require gradients.
 
     They are raw's own tensors, in its order: an optimizer's steps change raw in place. Integers,
-    which cannot be trained, are left out. `raw, state = p.init(...)` makes raw; a part of it makes
+    which cannot be trained, are left out; weights that were frozen in the network are not: use
+    `Frozen()`, or a part of raw. `raw, state = p.init(...)` makes raw; a part of it makes
     a group of parameters, or trains that part alone:
     `fp.trainable({name: raw[name] for name in p})` is what has a transform.
 
