@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, TypeAlias, cast
 
@@ -298,7 +298,19 @@ def _replaced(net: nn.Module, new: Callable[[Tensor], Tensor]) -> nn.Module:
         memo[id(old)] = (
             tensor if leaf.is_buffer else nn.Parameter(tensor, requires_grad=old.requires_grad)
         )
-    return deepcopy(net, memo)
+    try:
+        return deepcopy(net, memo)
+    except RuntimeError as error:
+        for prefix, part in cast("Iterator[tuple[str, nn.Module]]", net.named_modules()):
+            for name, item in vars(part).items():
+                if isinstance(item, Tensor) and not item.is_leaf:
+                    path = f"{prefix}." * bool(prefix) + name
+                    raise RuntimeError(
+                        f"{path!r}: expected a weight that can be copied; got one that a hook"
+                        " computed. Remove the hook first (remove_weight_norm,"
+                        " remove_spectral_norm), or make it under funcparam.compat.installed()"
+                    ) from error
+        raise
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

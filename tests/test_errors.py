@@ -8,6 +8,7 @@ import builtins
 import re
 import tempfile
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +98,12 @@ def written_before_backward():
     out.backward()
 
 
+def hooked(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's weight_norm is deprecated
+        return nn.Sequential(kind(nn.Linear(2, 2)))
+
+
 class Untied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -132,6 +139,7 @@ META = torch.ones(2, 3, device="meta")
 NET = nn.Linear(3, 2)
 TIED = Tied()
 VALUES = dict(TIED.state_dict())
+WEIGHT_HOOK = hooked(nn.utils.weight_norm)
 P = fp.parametrize(TIED, {"encoder.weight": WeightNorm(), "decoder.bias": Mask()})
 RAW, STATE = P.init(TIED)
 NORM = fp.parametrize({"w": ONE, "b": torch.ones(2)}, {"w": WeightNorm()})

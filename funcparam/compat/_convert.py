@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
+from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 
 import funcparam as fp
 from funcparam.compat import _private
@@ -47,6 +49,10 @@ def to_functional(
         `(net, p, raw, state)`: a copy of `module` without parametrizations, its parametrization,
         and detached copies of the tensors.
 
+    Raises:
+        TypeError: an older hook, `torch.nn.utils.weight_norm` or `spectral_norm`, computes a
+            weight.
+
     Example:
         >>> import torch
         >>> from funcparam.compat import parametrizations, to_functional
@@ -55,6 +61,7 @@ def to_functional(
         >>> type(net), list(p), torch.equal(p(raw, state)["weight"], layer.weight)
         (<class 'torch.nn.modules.linear.Linear'>, ['weight'], True)
     """
+    _expect_no_hooks(module)
     found = {path: _take(held) for path, held in _lists(module)}
     net = _plain(module)
     p = fp.parametrize(net, {path: item.transform for path, item in found.items()})
@@ -106,6 +113,19 @@ def to_stateful(
             owner, _, local = alias.rpartition(".")
             cast("Any", module.get_submodule(owner).parametrizations)[local] = held
     return module
+
+
+def _expect_no_hooks(module: nn.Module) -> None:
+    for prefix, part in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
+        for hook in vars(part)["_forward_pre_hooks"].values():
+            if isinstance(hook, (WeightNormHook, SpectralNormHook)):
+                path = f"{prefix}." * bool(prefix) + hook.name
+                raise TypeError(
+                    f"{path!r}: to_functional takes parametrize modules only; got an older hook."
+                    " Read the checkpoint with a parametrization of the plain network"
+                    " (WeightNorm(), SpectralNorm()), or remove the hook first"
+                    " (remove_weight_norm, remove_spectral_norm)"
+                )
 
 
 def _lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
