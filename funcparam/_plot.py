@@ -14,32 +14,37 @@ from funcparam.transforms._linalg import linalg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from funcparam._parametrization import Parametrization
+
 
 def plot(
-    transforms: Mapping[str, AnyTransform],
+    p: Parametrization[Any],
     values: Mapping[str, Tensor],
     violations: Mapping[str, Tensor],
 ) -> Figure:
-    """Draw violations as bars beside singular values as lines."""
-    for name, value in values.items():
-        if value.is_meta:
+    """Draw violations as bars beside singular values as lines, of whatever is trained."""
+    names = [entry.name for entry in p.entries if entry.name in p and entry.signature.raw]
+    for name in names:
+        if values[name].is_meta:
             raise ValueError(
                 f"{name!r}: expected a tensor with entries; got one on the meta device"
             )
     plt = _pyplot()
-    height = max(3.0, 1 + 0.25 * len(values))
+    height = max(3.0, 1 + 0.25 * len(names))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), layout="constrained")
-    left.barh([*violations], [violation.item() for violation in violations.values()])
+    left.barh(names, [violations[name].item() for name in names])
     left.invert_yaxis()
     left.set_xscale("symlog", linthresh=1e-8)  # linear around 0, which most are
     left.set_xlim(left=0)
     left.set_xlabel("violation")
-    for name, value in values.items():
+    for name in names:
+        value = values[name]
         if value.ndim > 1 and value.numel():
-            spectrum = _singular_values(transforms[name], value)
+            spectrum = _singular_values(p[name], value)
             right.plot(torch.linspace(0, 1, len(spectrum)), spectrum, ".-", label=name)
     if 0 < len(right.lines) <= 20:  # more would hide the picture
         right.legend(fontsize="small")
+    right.update_datalim([(0, 0), (1, 0)])  # margins of all of it: equal values have no range
     right.set_ylim(bottom=0)
     right.set_xlabel("rank, as a fraction")
     right.set_ylabel("singular value")

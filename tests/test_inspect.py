@@ -294,6 +294,28 @@ def test_pictures_of_odd_parametrizations(tmp_path):
     assert p.plot(raw, state)
 
 
+@pytest.mark.usefixtures("close")
+def test_singular_values_that_are_equal_have_room_above_them():
+    tree = {"w": torch.eye(4), "row": 3 * torch.ones(1, 4)}
+    for rules, largest in [({"w": Orthogonal()}, 1), ({"*": Mask()}, 6)]:
+        p = fp.parametrize(tree, rules)
+        axes = p.plot(*p.init(tree)).axes[1]
+        assert axes.get_ylim() == pytest.approx((0, 1.05 * largest))
+        assert axes.get_xlim() == pytest.approx((-0.05, 1.05))
+
+
+@pytest.mark.usefixtures("close")
+def test_frozen_weights_are_left_out_of_the_picture(tmp_path):
+    tree = {"a": torch.eye(3), "w": torch.eye(2), "b": torch.ones(2)}
+    for rules, drawn in [({"w": Orthogonal(), "*": Frozen()}, ["w"]), ({"*": Frozen()}, [])]:
+        p = fp.parametrize(tree, rules)
+        figure = p.plot(*p.init(tree))
+        figure.savefig(tmp_path / "picture.png")
+        left, right = figure.axes
+        assert len(left.patches) == len(right.lines) == len(drawn)
+        assert [line.get_label() for line in right.lines] == drawn
+
+
 def test_there_is_nothing_to_draw_on_the_meta_device():
     net, p = mixed(mlp().to("meta"))
     with pytest.raises(ValueError, match="'0.weight': expected a tensor with entries; .* meta"):
