@@ -21,9 +21,11 @@ Stack: TypeAlias = "tuple[Any, State]"
 
 _PLAIN = frozenset({nn.Parameter, Tensor})
 
+_unbind_copy = cast("Any", torch.unbind_copy)
+
 TRACED_UP_TO = 64 * 64
-"""Entries up to which a trace stacks whatever is stacked at all: a compiler takes its time for each
-operation, and those of a stack are there once."""
+"""Entries up to which a trace stacks whatever is stacked at all. A compiler takes its time for each
+operation, and those of a stack are there once: 24 leaves take half of it, a step a tenth more."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Group:
     @property
     def is_stacked_in_traces(self) -> bool:
         """Whether a compiler sees the leaves in a stack."""
-        some = self.transform.stacks_up_to > 0 and len(self.entries) >= Transform.stacks_from
-        return not self.obstacle or (some and self._size <= TRACED_UP_TO)
+        enough = self.transform.stacks_up_to > 0 and len(self.entries) >= self.transform.stacks_from
+        return not self.obstacle or (enough and self._size <= TRACED_UP_TO)
 
     @property
     def _size(self) -> int:
@@ -150,7 +152,8 @@ def _evaluate(
             states, stack = _advanced(transform, raws, states, stack)
     if stack is None:
         return list(map(transform.forward, raws, states)), states
-    return transform.forward_stacked(*stack).unbind(), states
+    # Not views: networks may write to their weights, as Embedding(max_norm=1.0) does.
+    return _unbind_copy(transform.forward_stacked(*stack)), states
 
 
 def _advanced(

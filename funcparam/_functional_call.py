@@ -145,9 +145,12 @@ class FunctionalCall:
 
     def _prepare(self) -> None:
         """Look up where every tensor of the tree is kept."""
-        tree = cast(
+        named = cast(
             "Iterator[tuple[str, nn.Module]]", self.net.named_modules(remove_duplicate=False)
         )
+        tree = list(named)
+        if not all(isinstance(t, dict) for _, module in tree for t in _tables(vars(module))):
+            tree = []  # a part is scripted, and nothing is proven of it
         modules: dict[int, dict[str, Any]] = {}
         holder: dict[str, int] = {}
         kept: dict[int, list[Place]] = {}
@@ -168,11 +171,12 @@ class FunctionalCall:
         self._modules = list(modules.values())
         self._prepared = self._picture()
 
-    def _picture(self) -> list[int]:
-        """All on which the places depend: the tables, and the tensors and children in them."""
+    def _picture(self) -> list[Any]:
+        """All on which the places depend: the tables, what they hold, and under which keys."""
         tables: list[dict[str, Any]] = list(chain.from_iterable(map(_tables, self._modules)))
-        entries = cast("Any", chain.from_iterable(map(_values, filter(None, tables))))
-        return [*map(id, tables), *map(id, entries)]
+        filled = list(filter(None, tables))
+        entries = cast("Any", chain.from_iterable(map(_values, filled)))
+        return [*map(id, tables), *map(id, entries), *chain.from_iterable(filled)]
 
 
 def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:

@@ -295,8 +295,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
         Leaves with equal transforms, shapes and dtypes are stacked, mapped once and taken apart
         where that was measured to be faster; values and gradients are the same to rounding. In a
-        compiled function four leaves up to 64 x 64 are enough for whatever is stacked at all: what
-        is there once is compiled once.
+        compiled function whatever is stacked at all is stacked up to 64 x 64: what is there once is
+        compiled once.
         """
         return groups(self._plan.groups)
 

@@ -15,7 +15,7 @@ from funcparam._boundary import RawTree, StateTree
 from funcparam._modes import Modes, is_plain_eager
 from funcparam._places import Place, read_later
 from funcparam._recent import Recent
-from funcparam._recompute import Recomputed
+from funcparam._recompute import Recomputed, version
 from funcparam.transforms._base import AnyTransform, Raw, State
 
 Join = Callable[[Sequence[Tensor]], tuple[Raw, State]]
@@ -85,7 +85,7 @@ class Reading:
                 value = transform.forward(raw, state)
             if not is_plain_eager():  # read in a transform, and made as if outside of it
                 value = torch.func.debug_unwrap(value)
-        return _Made(value, _version(value))
+        return _Made(value, version(value))
 
 
 def _first(raw: Raw, state: State) -> Tensor:
@@ -116,10 +116,4 @@ def _compute(
 
 
 def _is_untouched(made: _Made) -> bool:
-    return _version(made.value) == made.version
-
-
-def _version(tensor: Tensor) -> int:
-    if tensor.is_inference():  # raw is, and the value is a view of it
-        return -1
-    return tensor._version  # pyright: ignore[reportPrivateUsage]
+    return version(made.value) == made.version

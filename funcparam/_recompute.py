@@ -29,18 +29,18 @@ class Saved:
 
     def __init__(self, tensor: Tensor, whose: str = "") -> None:
         self._tensor = tensor.detach()  # without the graph, which holds this
-        self._version = _version(tensor)
+        self._version = version(tensor)
         self._whose = whose
 
     def get(self) -> Tensor:
         """The tensor, unless it was written to."""
-        tensor, version = self._tensor, _version(self._tensor)
-        if version == self._version:
+        tensor, now = self._tensor, version(self._tensor)
+        if now == self._version:
             return tensor
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace"
             f" operation: {self._whose}[{tensor.type()} {list(tensor.shape)}] is at version"
-            f" {version}; expected version {self._version} instead. Call backward before the"
+            f" {now}; expected version {self._version} instead. Call backward before the"
             " optimizer's step, and before anything else writes to it"
         )
 
@@ -107,6 +107,8 @@ class Recomputed:
     def again(self, made: Made) -> Again:
         """Make a value again, or return the one that was made while it is kept."""
         sources = made.sources()
+        if not any(made.needs):  # no end will come for it
+            return Again(made.compute(sources), sources)
         with self._lock:
             return self._again.get(
                 made, made.name, made.owner, lambda: Again(made.compute(sources), sources)
@@ -192,10 +194,13 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written to; inference tensors do not count."""
+    if tensor.is_inference():
+        return -1
     return tensor._version  # pyright: ignore[reportPrivateUsage]
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     """What a view of a value as it was made has in common with it."""
-    return tensor.dtype, tensor.is_conj(), tensor.is_neg(), _version(tensor)
+    return tensor.dtype, tensor.is_conj(), tensor.is_neg(), version(tensor)

@@ -131,8 +131,9 @@ def test_compiled_whole(case):
 
 
 def test_a_trace_has_the_operations_of_leaves_up_to_64_by_64_once():
-    for size, times in ((64, 1), (65, 4)):
-        net = nn.ModuleList(nn.Linear(size, size) for _ in range(4))
+    count = WeightNorm.stacks_from
+    for size, times in ((64, 1), (65, count)):
+        net = nn.ModuleList(nn.Linear(size, size) for _ in range(count))
         p = fp.parametrize(net, {"*.weight": WeightNorm()})
         raw, state = p.init(net)
         backend = EagerAndRecordGraphs()
@@ -141,6 +142,22 @@ def test_a_trace_has_the_operations_of_leaves_up_to_64_by_64_once():
         (graph,) = backend.graphs
         norms = [n for n in graph.graph.nodes if "vector_norm" in str(n.target)]
         assert len(norms) == times
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_networks_may_write_to_the_values_of_a_stack(compiled):
+    """An embedding with max_norm does, without gradients."""
+    found = []
+    for count in (1, 4):
+        torch.manual_seed(0)
+        net = nn.ModuleList(nn.Embedding(4, 4, max_norm=0.5) for _ in range(count))
+        model = fp.Parametrized(net, fp.parametrize(net, {"*.weight": SpectralNorm()}))
+        model.net.forward = lambda i, net=model.net: sum(layer(i) for layer in net[:1])
+        call = torch.compile(model, backend="aot_eager") if compiled else model
+        out = call(torch.tensor([0, 2]))
+        out.square().sum().backward()
+        found.append((out, next(model.parameters()).grad))
+    assert_close(*found)
 
 
 def test_advance_compiled_whole(case):

@@ -168,3 +168,11 @@ def test_cayley_of_huge_raw_is_minus_the_base_or_says_that_it_is_singular(dtype)
         compiled(raw, {"base": base})
 
     assert cayley.forward(raw * torch.nan, {"base": base}).isnan().all()
+
+
+def test_half_precision_takes_state_by_name():
+    raw, state = SpectralNorm().right_inverse(torch.eye(3))
+    raw = raw.bfloat16()
+    new = SpectralNorm().update(raw, state=state)
+    assert new["u"].dtype == new["v"].dtype == torch.float32
+    assert SpectralNorm().forward(raw, state=state).dtype == torch.bfloat16

@@ -306,3 +306,35 @@ def test_copies_and_pickles():
 def test_what_is_no_module():
     with pytest.raises(TypeError, match="functional_call expects a module; got dict"):
         fp.functional_call({})
+
+
+def test_modules_that_change_places_are_noticed():
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.d = nn.ModuleDict({"x": nn.Linear(2, 2, bias=False), "y": nn.Linear(2, 2, False)})
+
+        def forward(self, v):
+            return self.d["x"](v)
+
+    net = Chosen()
+    call = fp.functional_call(net)
+    params = {"d.x.weight": torch.eye(2), "d.y.weight": torch.zeros(2, 2)}
+    v = torch.tensor([[1.0, 2.0]])
+    assert torch.equal(call(params, (v,)), v)
+    one, two = net.d.pop("x"), net.d.pop("y")
+    net.d["y"], net.d["x"] = one, two  # the same modules in the same order
+    assert torch.equal(call(params, (v,)), v)
+    net.d["z"] = net.d.pop("y")
+    with pytest.raises(AttributeError):
+        call({"d.y.weight": torch.eye(2)}, (v,))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_network_with_a_scripted_part_is_pytorchs():
+    net = nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.Linear(2, 2))
+    params = {"1.weight": torch.eye(2), "1.bias": torch.zeros(2)}
+    x = torch.ones(1, 2)
+    out = fp.functional_call(net)(params, (x,))
+    assert torch.equal(out, torch.func.functional_call(net, params, (x,)))
+    assert torch.equal(out, net[0](x))

@@ -782,23 +782,54 @@ def test_nested_calls(grad):
             torch.testing.assert_close(one, grads[0])
 
 
+def test_a_kept_loss_keeps_no_frozen_value():
+    net = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    p = fp.parametrize(net, {"*.weight": WeightNorm()})
+    raw, state = p.init(net)
+    trained = tree_leaves(raw["1.weight"])
+    for tensor in trained:
+        tensor.requires_grad_()
+    call = fp.recompute(net, p)
+    x = torch.randn(2, 512, requires_grad=True)
+
+    def values():
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        return len({t.data_ptr() for t in tensors if t.shape == (512, 512)})
+
+    before = values()
+    losses = [call(raw, state, (x,)).sum() for _ in range(3)]
+    for loss in losses:
+        loss.backward()
+    assert values() - before <= 1  # the gradient of the trained direction
+
+
+def test_raw_of_inference_mode_is_served():
+    net = nn.Linear(512, 512)
+    p = fp.parametrize(net, {"weight": WeightNorm()})
+    with torch.inference_mode():
+        raw, state = p.init(net)
+    x = torch.randn(2, 512)
+    expected = torch.func.functional_call(net, p(raw, state), (x,))
+    torch.testing.assert_close(fp.recompute(net, p)(raw, state, (x,)), expected)
+
+
 # Compilation, transforms, forward mode
 
 
 @pytest.mark.parametrize("transform", [WeightNorm(), SpectralNorm()], ids=str)
 def test_compiled_backward_gets_raw_and_no_value(transform):
-    net = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.Tanh())])
+    net = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(65, 65), nn.Tanh())])
     p = fp.parametrize(net, {"*.weight": transform})
     late = fp.Parametrized(net, p, recompute=True)
     plain = copy.deepcopy(fp.Parametrized(net, p))
     plain.load_state_dict(late.state_dict())
-    x = torch.randn(4, 8)
+    x = torch.randn(4, 65)
     matrices = []
     for model in (plain, late):
         given = []
 
         def backward(graph, inputs, given=given):
-            given.append(sum(t.shape == (8, 8) for t in inputs))
+            given.append(sum(t.shape == (65, 65) for t in inputs))
             return make_boxed_func(graph.forward)
 
         backend = aot_autograd(

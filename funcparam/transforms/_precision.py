@@ -42,8 +42,8 @@ def full_precision(method: Method) -> Method:
                 return run(self, first, *rest, **kwargs)
         if low not in _LOW:
             return method(self, first, *rest, **kwargs)
-        out = method(self, *widened((first, *rest)), **kwargs)
-        state = rest[0] if rest else None
+        out = method(self, *widened((first, *rest)), **widened(kwargs))
+        state = rest[0] if rest else kwargs.get("state")
         if isinstance(out, tuple):
             raw, own = cast("tuple[Any, Any]", out)
             return _narrowed(raw, first, low), _narrowed(own, state, low)
