@@ -252,6 +252,11 @@ def recompute(net: nn.Module, p: Parametrization[dict[str, Tensor]]) -> Parametr
     in `torch.func` transforms and forward mode. In a compiled function the compiler is told to
     make them again. Without gradients values are made when they are read, and dropped.
 
+    Under autocast nothing is saved of a linear layer or a convolution, which keeps the cast of its
+    weight, and each map is still evaluated once more. A network that itself calls
+    `torch.func.grad` or `vjp` in its forward gets PyTorch's error about saved tensor hooks: use
+    `functional_call` there.
+
     Args:
         net: the module. It may change afterwards.
         p: a parametrization of it.

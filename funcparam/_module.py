@@ -56,7 +56,8 @@ class Parametrized(nn.Module):
         p: a parametrization of it.
         generator: as for [`Parametrization.init`][funcparam.Parametrization.init].
         recompute: whether to drop large values in training too, and to make them again in
-            backward; see [`funcparam.recompute`][].
+            backward; see [`funcparam.recompute`][]. It saves nothing under autocast, and is an
+            error where the network itself calls `torch.func.grad` or `vjp`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `p.init(net)`.

@@ -56,7 +56,8 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
     Args:
         params: a module, of which all parameters and the buffers that rules name are taken; or
             any tree of tensors (dicts, lists, tuples, named tuples, dataclasses registered with
-            optree), whose names are paths joined by dots.
+            optree), whose names are paths joined by dots. `p` returns a tree of the same
+            structure (of a flat mapping: a dict).
         rules: a mapping, or a list of pairs, from selectors to transforms. A selector is
 
             * a name, `"head.weight"`;

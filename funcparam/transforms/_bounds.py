@@ -19,8 +19,9 @@ class Interval(Transform[Tensor]):
     r"""Entries strictly between two bounds: `W = low + (high - low) sigmoid(X)`.
 
     Raw has the shape of the value. State `{"low", "high"}` holds the bounds as scalars, so that
-    they can be moved or swept with `vmap`; `low` and `high` here are what init writes there.
-    Real dtypes. The right inverse is exact, the logit of `(W - low) / (high - low)`.
+    they can be moved or swept with `vmap`; `low` and `high` here are what init writes there,
+    numbers and no tensors. Real dtypes. The right inverse is exact, the logit of
+    `(W - low) / (high - low)`.
     Log-determinant: `sum(log(high - low) + log sigmoid(X) + log sigmoid(-X))`.
 
     Args:

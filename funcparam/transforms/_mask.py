@@ -15,8 +15,9 @@ class Mask(Transform[Tensor]):
     """Entries that are zero at init stay zero: `W = where(mask, X, 0)`.
 
     Raw has the shape of the value; state `{"mask"}` is a boolean tensor of that shape, the
-    nonzero pattern of the value at init. Write another one there to prune further. Real and
-    complex. Every value is kept exactly. The log-determinant is 0 over the entries kept.
+    nonzero pattern of the value at init. `Mask()` takes no tensor: write another mask there,
+    `state[name]["mask"] = mask`, to choose or to prune further. Real and complex. Every value is
+    kept exactly. The log-determinant is 0 over the entries kept.
 
     Example:
         >>> import torch
