@@ -189,7 +189,8 @@ def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
     names are unknown, a tie is given twice or `strict` is asked for, it is PyTorch's own.
 
     Args:
-        net: the module. It may change afterwards.
+        net: the module. It may change afterwards, but its ties not once a compiled function has
+            it.
         *torchs: nothing. PyTorch's own takes the parameters and the arguments here.
 
     Raises:

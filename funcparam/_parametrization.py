@@ -48,7 +48,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     As a function, `p(raw, state)` maps raw and state to the parameters: for a module an ordinary
     `dict[str, Tensor]` under the module's own names, every name of a tie included; for any other
-    tree a tree of the same structure. Every transform is evaluated once a call.
+    tree a tree of the same structure (a flat mapping: a dict). Every transform is evaluated once a
+    call.
 
     * raw maps every name, the first one where there are several, to one tensor or to a dict of
       named tensors. What no rule picks is its own raw.
