@@ -13,7 +13,9 @@ from funcparam._trainable import trainable
 from funcparam.transforms import Transform, transform
 
 if TYPE_CHECKING:
-    from funcparam import checkpoint
+    from funcparam import checkpoint, compat
+
+    __version__: str
 
 __all__ = [
     "FunctionalCall",
@@ -22,6 +24,7 @@ __all__ = [
     "ParametrizedCall",
     "Transform",
     "checkpoint",
+    "compat",
     "fold",
     "functional_call",
     "parametrize",
@@ -35,6 +38,12 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker would take any name for one that is there
 
     def __getattr__(name: str) -> Any:
-        if name == "checkpoint":  # few programs need it, and it takes a third of the import
-            return import_module("funcparam.checkpoint")
+        if name in ("checkpoint", "compat"):  # few programs need them, and they take their time
+            return import_module(f"funcparam.{name}")
+        if name == "__version__":
+            return import_module("importlib.metadata").version("funcparam")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -120,6 +120,18 @@ def test_names_that_are_imported_late_are_what_they_say():
             _ = module.Orthagonal
 
 
+def test_everything_is_reached_from_the_package():
+    fresh(
+        "import funcparam as fp\n"
+        "with fp.compat.installed(): pass\n"
+        "assert fp.checkpoint.read\n"
+        "assert fp.__version__ == '0.1.0'\n"
+        "assert dir(fp) == sorted([*fp.__all__, '__version__']), dir(fp)\n"
+        "from funcparam import *\n"
+        "assert compat is fp.compat\n"
+    )
+
+
 def test_every_transform_is_a_row_of_the_table():
     from tests.cases import CASES
 
