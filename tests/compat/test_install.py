@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from funcparam import compat
 from funcparam.compat import parametrizations, parametrize
+from funcparam.compat.__main__ import main
 from tests.compat.parts import Double
 
 
@@ -95,9 +96,34 @@ def test_running_a_script(tmp_path):
     command = [sys.executable, "-m", "funcparam.compat"]
     done = subprocess.run([*command, script, "a", "-b"], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[0] == "funcparam.compat.parametrizations ['a', '-b'] __main__"
-    usage = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert usage.returncode == 1
-    assert "usage" in usage.stderr
+
+
+def test_usage(monkeypatch, capsys):
+    for asked in ("-h", "--help"):
+        monkeypatch.setattr(sys, "argv", ["compat", asked])
+        main()
+        assert capsys.readouterr().out.startswith("usage: ")
+    for wrong in ([], ["-m"], ["-x"]):
+        monkeypatch.setattr(sys, "argv", ["compat", *wrong])
+        with pytest.raises(SystemExit, match="^usage: "):
+            main()
+
+
+def test_running_a_module(tmp_path):
+    package = tmp_path / "pkg"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "other.py").touch()
+    for name in ("train", "__main__"):
+        (package / f"{name}.py").write_text(f"{SCRIPT}from . import other\nprint(sys.argv[0])\n")
+    command = [sys.executable, "-m", "funcparam.compat", "-m"]
+    for module, file in [("pkg.train", "train.py"), ("pkg", "__main__.py")]:
+        done = subprocess.run(
+            [*command, module, "a", "-b"], capture_output=True, text=True, check=True, cwd=tmp_path
+        )
+        first, path = done.stdout.splitlines()
+        assert first == "funcparam.compat.parametrizations ['a', '-b'] __main__"
+        assert path == str(package / file)
 
 
 def test_the_pytest_plugin(tmp_path):
