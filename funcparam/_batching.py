@@ -21,7 +21,7 @@ Stack: TypeAlias = "tuple[Any, State]"
 
 _PLAIN = frozenset({nn.Parameter, Tensor})
 
-_unbind_copy = cast("Any", torch.unbind_copy)
+_unsafe_split = cast("Any", torch.unsafe_split)
 
 TRACED_UP_TO = 64 * 64
 """Entries up to which a trace stacks whatever is stacked at all. A compiler takes its time for each
@@ -152,8 +152,18 @@ def _evaluate(
             states, stack = _advanced(transform, raws, states, stack)
     if stack is None:
         return list(map(transform.forward, raws, states)), states
-    # Not views: networks may write to their weights, as Embedding(max_norm=1.0) does.
-    return _unbind_copy(transform.forward_stacked(*stack)), states
+    return _leaves(transform.forward_stacked(*stack)), states
+
+
+def _leaves(stack: Tensor) -> Sequence[Tensor]:
+    """The values of a stack.
+
+    They are not views of it for autograd, which would refuse networks that write to their weights,
+    as `Embedding(max_norm=1.0)` does.
+    """
+    if stack.ndim == 1 or stack.numel() == 0:
+        return [leaf.clone() for leaf in stack.unbind()]
+    return _unsafe_split(stack.flatten(0, 1), stack.shape[1])
 
 
 def _advanced(
