@@ -40,6 +40,8 @@ def flatten_nested(tree: Any) -> tuple[dict[str, Tensor], Structure]:
         raise ValueError("expected a tree of tensors; got one that is nested without end") from None
     named: dict[str, Tensor] = {}
     for name, leaf in zip(map(_dotted, accessors), leaves, strict=True):
+        if not name and not isinstance(leaf, Tensor):
+            raise TypeError(f"expected a module or a tree of tensors; got {type(leaf).__name__}")
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{name!r}: expected a tensor; got {describe(leaf)}")
         if name in named:

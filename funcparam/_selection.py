@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast
@@ -108,12 +109,12 @@ def _owned(leaf: Leaf, i: int, kind: type[nn.Module], local: str) -> bool:
 
 
 def _no_transform(selector: Any, got: Any) -> str:
-    a_class = isinstance(got, type)
-    hint = "Call the class" if a_class else "fp.transform makes one from a function"
-    return (
-        f"rule {_show(selector)}: expected a transform;"
-        f" got {_show(got) if a_class else describe(got)}. {hint}"
-    )
+    shown, hint = describe(got), "fp.transform makes one from a function"
+    if isinstance(got, type):
+        shown, hint = _show(got), "Call the class"
+    elif isinstance(got, Mapping):
+        hint = "Join names by dots: '0.weight'"
+    return f"rule {_show(selector)}: expected a transform; got {shown}. {hint}"
 
 
 def _nearest(selector: Any, leaves: Sequence[Leaf]) -> str:
@@ -124,7 +125,16 @@ def _nearest(selector: Any, leaves: Sequence[Leaf]) -> str:
         buffers = [name for name in names if fnmatchcase(name, selector)]
         if buffers:
             return f"{buffers[0]!r} is a buffer, which only its own name picks"
+        if _is_regular_expression(selector, names):
+            return "rules are globs, not regular expressions: '*.weight'"
     return closest(selector, names)
+
+
+def _is_regular_expression(selector: str, names: Sequence[str]) -> bool:
+    try:
+        return any(re.fullmatch(selector, name) for name in names)
+    except re.error:
+        return False
 
 
 def _never_applies(

@@ -22,7 +22,7 @@ from funcparam._parametrization import Parametrization
 from funcparam.checkpoint._keys import Stored, flat, half_legacy, key_of, scan, what_is_there
 from funcparam.checkpoint._own import is_own, read_own, write_own
 from funcparam.transforms._base import Raw, State
-from funcparam.transforms._signature import TensorSpec
+from funcparam.transforms._signature import TensorSpec, describe
 from funcparam.transforms._spellings import Spelling, infer, spellings
 
 Style: TypeAlias = Literal["funcparam", "torch", "legacy", "plain"]
@@ -74,6 +74,7 @@ def read(
         >>> p(raw)["weight"]
         tensor([[1.2000, 1.6000]])
     """
+    _expect_parametrization(p, "read(state_dict, p)")
     tensors = flat(state_dict)
     if is_own(tensors, p.entries):
         raw, state, others = read_own(tensors, p.entries)
@@ -122,6 +123,7 @@ def write(
         >>> list(fp.checkpoint.write(p, *p.init(net), style="legacy"))
         ['weight_orig', 'weight_u', 'weight_v', 'bias']
     """
+    _expect_parametrization(p, "write(p, raw, state)")
     if style not in get_args(Style):
         raise ValueError(f"style: expected one of {get_args(Style)}; got {style!r}")
     _check(p, raw, state)
@@ -155,6 +157,11 @@ def convert(
         ['weight_g', 'weight_v', 'bias']
     """
     return write(p, *read(state_dict, p), style=style)
+
+
+def _expect_parametrization(p: object, call: str) -> None:
+    if not isinstance(p, Parametrization):
+        raise TypeError(f"p: expected a parametrization, in {call}; got {describe(p)}")
 
 
 def _check(p: Parametrization[Any], raw: RawTree, state: StateTree) -> None:

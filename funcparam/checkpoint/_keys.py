@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -96,8 +97,12 @@ def flat(tensors: Any) -> dict[str, Any]:
         ValueError: two tensors have one dotted key, or the dictionaries never end.
     """
     if not isinstance(tensors, Mapping):
-        hint = ". Pass its state_dict()" if hasattr(tensors, "state_dict") else ""
-        raise TypeError(f"expected a dict of tensors, by key; got {describe(tensors)}{hint}")
+        got, hint = describe(tensors), ""
+        if isinstance(tensors, (str, os.PathLike)):
+            hint = ". checkpoint.load(path) reads a file"
+        elif hasattr(tensors, "state_dict"):
+            hint = ". Pass its state_dict()"
+        raise TypeError(f"expected a dict of tensors, by key; got {got}{hint}")
     found: dict[str, Any] = {}
     try:
         for key, item in _flat(cast("Mapping[Any, Any]", tensors), ""):
