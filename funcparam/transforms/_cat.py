@@ -200,6 +200,8 @@ class Stack(_Parts):
 
 
 def _checked(kind: str, parts: Iterable[AnyTransform]) -> tuple[AnyTransform, ...]:
+    if not isinstance(parts, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{kind} expects a list of transforms, {kind}([a, b]); got {parts!r}")
     parts = tuple(parts)
     if not parts:
         raise ValueError(f"{kind} expects at least one transform; got none")

@@ -49,7 +49,9 @@ class Chain(Transform[Any]):
             raise ValueError("Chain expects at least one transform; got none")
         for part in parts:
             if not isinstance(part, Transform):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"Chain expects transforms; got {part!r}")
+                raise TypeError(
+                    f"Chain expects transforms; got {part!r}. Chain(a, b) takes them one by one"
+                )
         object.__setattr__(self, "parts", parts)
 
     def __repr__(self) -> str:
