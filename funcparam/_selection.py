@@ -117,8 +117,15 @@ def _no_transform(selector: Any, got: Any) -> str:
     return f"rule {_show(selector)}: expected a transform; got {shown}. {hint}"
 
 
+_ORIGINAL = re.compile(r"parametrizations\.(\w+)\.original\d*$")
+
+
 def _nearest(selector: Any, leaves: Sequence[Leaf]) -> str:
     names = [name for leaf in leaves for name in leaf.names]
+    for name in names:
+        plain = _ORIGINAL.sub(r"\1", name)
+        if plain != name and _would_match(selector, plain):
+            return f"{plain!r} is parametrized already: see funcparam.compat.to_functional"
     if isinstance(selector, str):
         if any(fnmatchcase(name, f"{selector}.*") for name in names):
             return f"'{selector}.*' matches what is in it"
@@ -128,6 +135,16 @@ def _nearest(selector: Any, leaves: Sequence[Leaf]) -> str:
         if _is_regular_expression(selector, names):
             return "rules are globs, not regular expressions: '*.weight'"
     return closest(selector, names)
+
+
+def _would_match(selector: Any, name: str) -> bool:
+    match selector:
+        case str():
+            return fnmatchcase(name, selector)
+        case (type(), str() as local):
+            return fnmatchcase(name.rpartition(".")[2], local)
+        case _:
+            return False
 
 
 def _is_regular_expression(selector: str, names: Sequence[str]) -> bool:
