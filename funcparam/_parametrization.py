@@ -276,7 +276,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
         Singular values are sorted, and those of all matrices of a batch are one line. A value with
         more than two dimensions is a matrix for a transform that has a `dim` (`SpectralNorm`): that
-        dimension by the others; for any other transform it is a batch of matrices.
+        dimension by the others; for any other transform it is a batch of matrices. Weights of
+        which nothing is trained (`Frozen`) are left out.
 
         Returns:
             A figure of matplotlib.pyplot: `plt.show()` shows it, `figure.savefig(path)` saves it,
