@@ -99,7 +99,7 @@ def flat(tensors: Any) -> dict[str, Any]:
     if not isinstance(tensors, Mapping):
         got, hint = describe(tensors), ""
         if isinstance(tensors, (str, os.PathLike)):
-            hint = ". checkpoint.load(path) reads a file"
+            hint = ". checkpoint.load(path) reads a file, save(tensors, path) writes one"
         elif hasattr(tensors, "state_dict"):
             hint = ". Pass its state_dict()"
         raise TypeError(f"expected a dict of tensors, by key; got {got}{hint}")
