@@ -97,8 +97,8 @@ def main():
         everything[name] = figures
         (arguments.out / f"{name}.md").write_text(shown + "\n", encoding="utf-8")
         print(f"{name}\n\n{shown}\n", flush=True)
+        (arguments.out / "figures.json").write_text(json.dumps(everything), encoding="utf-8")
     (arguments.out / "conditions.md").write_text(conditions() + ".\n", encoding="utf-8")
-    (arguments.out / "figures.json").write_text(json.dumps(everything), encoding="utf-8")
     if groups:
         picture(groups, arguments.out / "ratios.png")
 
