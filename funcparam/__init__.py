@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from funcparam import transforms
 from funcparam._call import ParametrizedCall, recompute
+from funcparam._fold import fold
 from funcparam._functional_call import FunctionalCall, functional_call
-from funcparam._module import Parametrized, fold
+from funcparam._module import Parametrized
 from funcparam._parametrization import Parametrization
 from funcparam._parametrize import parametrize
 from funcparam._trainable import trainable

@@ -159,11 +159,12 @@ def _leaves(stack: Tensor) -> Sequence[Tensor]:
     """The values of a stack.
 
     They are not views of it for autograd, which would refuse networks that write to their weights,
-    as `Embedding(max_norm=1.0)` does.
+    as `Embedding(max_norm=1.0)` does. A copy, since backward of the map may need the stack itself.
     """
     if stack.ndim == 1 or stack.numel() == 0:
         return [leaf.clone() for leaf in stack.unbind()]
-    return _unsafe_split(stack.flatten(0, 1), stack.shape[1])
+    own = stack.clone(memory_format=torch.contiguous_format)
+    return _unsafe_split(own.flatten(0, 1), own.shape[1])
 
 
 def _advanced(

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from funcparam._boundary import Entry, RawTree, StateTree
+from funcparam._boundary import RawTree, StateTree
 from funcparam._call import ParametrizedCall, Values
+from funcparam._dotted import at, collect, layout, overwrite, paths, place
+from funcparam._fold import fold, replaced
 from funcparam._modes import is_in_backward
-from funcparam._names import closest
 from funcparam._parametrization import Parametrization
 from funcparam._tree import flatten
 from funcparam.transforms._base import Raw, State
-from funcparam.transforms._signature import TensorSpec, describe
-
-Layout: TypeAlias = "tuple[str, list[str], list[str] | None, list[str]]"
-"""The name of a leaf, in parts too, and the keys of its raw, None for a tensor, and state."""
+from funcparam.transforms._signature import describe
 
 
 class Parametrized(nn.Module):
@@ -98,7 +96,7 @@ class Parametrized(nn.Module):
         _expect_same_ties(net, p)
         self.parametrization = p
         self.recompute = recompute
-        self._layout = list(map(_layout, p.entries))
+        self._layout = list(map(layout, p.entries))
         self.raw = nn.Module()
         self.state = nn.Module()
         self.net_buffers = nn.Module()
@@ -108,17 +106,17 @@ class Parametrized(nn.Module):
             if name in raw:
                 adapts = name in p and p[name].is_adapter
                 grad = (leaf.tensor.requires_grad or adapts) and not leaf.is_buffer
-                for path, tensor in _paths(name, raw[name]):
+                for path, tensor in paths(name, raw[name]):
                     own = tensor if leaf.is_buffer else nn.Parameter(tensor, requires_grad=grad)
-                    _place(self.raw, path, own)
-                for path, tensor in _paths(name, state.get(name, {})):
-                    _place(self.state, path, tensor)
+                    place(self.raw, path, own)
+                for path, tensor in paths(name, state.get(name, {})):
+                    place(self.state, path, tensor)
             else:
                 persistent = any(map(_is_persistent, leaf.owners))
-                _place(self.net_buffers, name, leaf.tensor.detach().clone(), persistent=persistent)
+                place(self.net_buffers, name, leaf.tensor.detach().clone(), persistent=persistent)
                 self._buffer_names |= dict.fromkeys(leaf.names, name)
         # Not a child: its tensors are placeholders that nobody should train, move or save.
-        self._own(_replaced(net, _to_meta))
+        self._own(replaced(net, _to_meta))
         super().train(net.training)  # and each part of the network as it was
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,16 +154,7 @@ class Parametrized(nn.Module):
 
     def raw_and_state(self) -> tuple[dict[str, Raw], dict[str, State]]:
         """Return this module's own tensors as `p` takes them; nothing is copied."""
-        raw: dict[str, Raw] = {}
-        state: dict[str, State] = {}
-        for name, parents, raw_keys, state_keys in self._layout:
-            if raw_keys is None:
-                raw[name] = _tensor(_module_at(self.raw, parents[:-1]), parents[-1])
-            else:
-                raw[name] = _below(self.raw, parents, raw_keys)
-            if state_keys:
-                state[name] = _below(self.state, parents, state_keys)
-        return raw, state
+        return collect(self._layout, self.raw, self.state)
 
     def values(self) -> dict[str, Tensor]:
         """Return the parameters that the network is called with, under its own names.
@@ -182,8 +171,8 @@ class Parametrized(nn.Module):
         raw, state = self.raw_and_state()
         with torch.no_grad():
             new_raw, new_state = self.parametrization.rebase(raw, state)
-            _write(raw, new_raw)
-            _write(state, new_state)
+            overwrite(raw, new_raw)
+            overwrite(state, new_state)
 
     def fold(self) -> nn.Module:
         """Return a plain copy of the network with the values written into it.
@@ -228,90 +217,11 @@ class Parametrized(nn.Module):
         """
         values, new = self._call.advanced(raw, state)
         with torch.no_grad():
-            _write(state, new)
+            overwrite(state, new)
         return values
 
     def _own_buffers(self) -> dict[str, Tensor]:
-        return {name: _at(self.net_buffers, first) for name, first in self._buffer_names.items()}
-
-
-def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """Return a plain copy of `net` with `values` written into it.
-
-    Args:
-        net: any module; it stays as it is. Its tensors that `values` does not name are copied.
-        values: tensors by name, such as `p(raw, state)` returns. One name of a tie is enough.
-
-    Returns:
-        A module with the classes, names, order and `requires_grad` of `net`, which shares no
-        memory with `net` or `values` and does not need funcparam.
-
-    Raises:
-        TypeError: `values` is not a mapping.
-        ValueError: a name is not one of the module's, or a shape differs.
-
-    Example:
-        >>> import torch, funcparam as fp
-        >>> from funcparam.transforms import Orthogonal
-        >>> net = torch.nn.Linear(2, 2)
-        >>> p = fp.parametrize(net, {"weight": Orthogonal()})
-        >>> plain = fp.fold(net, p(*p.init(net)))
-        >>> list(plain.state_dict())
-        ['weight', 'bias']
-    """
-    if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"values: expected a dict of tensors; got {describe(values)}")
-    leaves = {name: leaf for leaf in flatten(net)[0] for name in leaf.names}
-    chosen: dict[int, Tensor] = {}
-    for name, value in values.items():
-        if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"values[{name!r}]: expected a tensor; got {describe(value)}. fold takes values,"
-                " p(raw, state), not raw"
-            )
-        if name not in leaves:
-            raise ValueError(f"values: unknown name {name!r}; {closest(name, [*leaves])}")
-        old = leaves[name].tensor
-        if old.shape != value.shape:
-            raise ValueError(
-                f"values[{name!r}]: expected shape {tuple(old.shape)}; got {tuple(value.shape)}"
-            )
-        if chosen.setdefault(id(old), value) is not value:
-            raise ValueError(f"values: {name!r} is tied; got two different tensors for its tie")
-
-    def write(old: Tensor) -> Tensor:
-        new = chosen.get(id(old), old)
-        return torch.empty_like(old, dtype=new.dtype, device=new.device).copy_(new.detach())
-
-    return _replaced(net, write)
-
-
-def _replaced(net: nn.Module, new: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Copy `net` with `new(t)` in the place of each of its parameters and buffers `t`.
-
-    As a memo of deepcopy, so that ties stay ties, and lists of weights that modules keep beside
-    their parameters (RNNs do) hold the new ones too.
-    """
-    memo: dict[int, Any] = {}
-    for leaf in flatten(net)[0]:
-        old = leaf.tensor
-        tensor = new(old)
-        memo[id(old)] = (
-            tensor if leaf.is_buffer else nn.Parameter(tensor, requires_grad=old.requires_grad)
-        )
-    try:
-        return deepcopy(net, memo)
-    except RuntimeError as error:
-        for prefix, part in cast("Iterator[tuple[str, nn.Module]]", net.named_modules()):
-            for name, item in vars(part).items():
-                if isinstance(item, Tensor) and not item.is_leaf:
-                    path = f"{prefix}." * bool(prefix) + name
-                    raise RuntimeError(
-                        f"{path!r}: expected a weight that can be copied; got one that a hook"
-                        " computed. Remove the hook first (remove_weight_norm,"
-                        " remove_spectral_norm), or make it under funcparam.compat.installed()"
-                    ) from error
-        raise
+        return {name: at(self.net_buffers, first) for name, first in self._buffer_names.items()}
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
@@ -341,71 +251,3 @@ def _whole(tree: Any) -> Any:
         return {name: _whole(tensor) for name, tensor in items}
     gather = getattr(tree, "full_tensor", None)
     return tree if gather is None else gather()
-
-
-def _at(root: nn.Module, path: str) -> Tensor:
-    *parents, key = path.split(".")
-    return _tensor(_module_at(root, parents), key)
-
-
-def _below(root: nn.Module, path: list[str], keys: list[str]) -> dict[str, Tensor]:
-    """The tensors of one leaf, whose keys may be dotted; one without any has no module."""
-    if not keys:
-        return {}
-    owner = _module_at(root, path)
-    return {key: _at(owner, key) if "." in key else _tensor(owner, key) for key in keys}
-
-
-def _module_at(root: nn.Module, path: list[str]) -> nn.Module:
-    """The module below `root`; quicker than attributes, which `nn.Module` looks up in Python."""
-    for name in path:
-        root = cast("nn.Module", root._modules[name])  # pyright: ignore[reportPrivateUsage]
-    return root
-
-
-def _tensor(owner: nn.Module, key: str) -> Tensor:
-    """The attribute, sooner where it is what it was registered as."""
-    found = owner._parameters.get(key)  # pyright: ignore[reportPrivateUsage]
-    if found is None:
-        found = owner._buffers.get(key)  # pyright: ignore[reportPrivateUsage]
-    return getattr(owner, key) if found is None else found
-
-
-def _layout(entry: Entry) -> Layout:
-    spec = entry.signature
-    keys = None if isinstance(spec.raw, TensorSpec) else [key for key, _ in spec.raw]
-    return entry.name, entry.name.split("."), keys, [key for key, _ in spec.state]
-
-
-def _paths(name: str, tensors: Raw) -> list[tuple[str, Tensor]]:
-    """The tensors of one leaf with their dotted paths."""
-    if isinstance(tensors, Tensor):
-        return [(name, tensors)]
-    return [(f"{name}.{key}", tensor) for key, tensor in tensors.items()]
-
-
-def _place(root: nn.Module, path: str, tensor: Tensor, *, persistent: bool = True) -> None:
-    """Register `tensor` at a dotted path below `root`, making plain modules on the way."""
-    *parents, local = path.split(".")
-    for parent in parents:
-        if parent not in root._modules:  # pyright: ignore[reportPrivateUsage]
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    if isinstance(tensor, nn.Parameter):
-        root.register_parameter(local, tensor)
-    else:
-        root.register_buffer(local, tensor, persistent=persistent)
-
-
-def _write(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Copy what changed into the tensors of `old`."""
-    changed: list[tuple[Tensor, Tensor]] = []
-    for name, given in new.items():
-        own = old[name]
-        if isinstance(given, Tensor):
-            changed.append((own, given))
-        else:
-            changed += [(own[key], tensor) for key, tensor in given.items()]
-    changed = [(own, given) for own, given in changed if given is not own]
-    if changed:
-        torch._foreach_copy_(*map(list, zip(*changed, strict=True)))  # pyright: ignore
