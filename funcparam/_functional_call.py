@@ -94,7 +94,7 @@ class FunctionalCall:
             ties = len(self._aliases) > 0 or params.keys() != self._place.keys()
             return self._by_torch(params, positional, kwargs, tie_weights=ties)
         with self._lock:  # other threads wait; the same one may call again
-            if self._picture() != self._prepared:
+            if not self._is_as_prepared():
                 self._prepare()
             swap = self._swap_of(params)
             if swap is None:
@@ -169,21 +169,25 @@ class FunctionalCall:
         self._aliases = {name: kept[tensor][1:] for name, tensor in tied}
         self._last: Swap | None = None
         self._modules = list(modules.values())
-        self._prepared = self._picture()
+        self._tables, self._entries = self._picture()
 
-    def _picture(self) -> list[Any]:
+    def _is_as_prepared(self) -> bool:
+        tables, entries = self._picture()
+        return entries == self._entries and all(map(is_, tables, self._tables))
+
+    def _picture(self) -> tuple[list[dict[str, Any]], list[Any]]:
         """All on which the places depend: the tables, what they hold, and under which keys."""
         tables: list[dict[str, Any]] = list(chain.from_iterable(map(_tables, self._modules)))
         filled = list(filter(None, tables))
         entries = cast("Any", chain.from_iterable(map(_values, filled)))
-        return [*map(id, tables), *map(id, entries), *chain.from_iterable(filled)]
+        return tables, [*map(id, entries), *chain.from_iterable(filled)]
 
 
 def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
     """Prepare `net` to be called with other tensors in place of its own.
 
     `functional_call(net)(params, args, kwargs)` returns what
-    `torch.func.functional_call(net, params, args, kwargs)` returns, at a tenth of its cost for
+    `torch.func.functional_call(net, params, args, kwargs)` returns, at about a tenth of its cost for
     many parameters: ties, buffers that the module replaces, and exceptions are treated alike.
     Nested calls are served; threads that share it take turns. In a compiled function, and where
     names are unknown, a tie is given twice or `strict` is asked for, it is PyTorch's own.
