@@ -187,8 +187,8 @@ def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
     """Prepare `net` to be called with other tensors in place of its own.
 
     `functional_call(net)(params, args, kwargs)` returns what
-    `torch.func.functional_call(net, params, args, kwargs)` returns, at about a tenth of its cost for
-    many parameters: ties, buffers that the module replaces, and exceptions are treated alike.
+    `torch.func.functional_call(net, params, args, kwargs)` returns, at about a tenth of its cost
+    for many parameters: ties, buffers that the module replaces, and exceptions are treated alike.
     Nested calls are served; threads that share it take turns. In a compiled function, and where
     names are unknown, a tie is given twice or `strict` is asked for, it is PyTorch's own.
 
