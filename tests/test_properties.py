@@ -120,7 +120,7 @@ def assert_feasible(case, value, state, dtype, like):
     assert value.isfinite().all()
     off = case.transform.violation(cast(value, torch.float64), cast(state, torch.float64))
     # the nearest turn of a base of condition 1e6 is known to less
-    roundings = 8 if isinstance(case.transform, OFT) else 1
+    roundings = 32 if isinstance(case.transform, OFT) else 1
     assert off <= roundings * bound(dtype, like)
 
 

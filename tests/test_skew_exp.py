@@ -32,11 +32,12 @@ def errors(Q, A):
 @pytest.mark.parametrize("norm", NORMS)
 def test_no_worse_than_torchs(n, norm, dtype):
     A = skew(n, norm, dtype)
-    slack = 16 * torch.finfo(dtype).eps
-    for ours, theirs in zip(
-        errors(skew_exp(A), A), errors(torch.linalg.matrix_exp(A), A), strict=True
-    ):
-        assert ours <= theirs + slack
+    eps = torch.finfo(dtype).eps
+    value, orthogonality = errors(skew_exp(A), A)
+    their_value, their_orthogonality = errors(torch.linalg.matrix_exp(A), A)
+    # an angle is known to a rounding of itself, and whose luck is better depends on the processor
+    assert value <= their_value + max(16, norm / 2) * eps
+    assert orthogonality <= their_orthogonality + 16 * eps
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -64,9 +65,9 @@ def test_derivatives(norm):
 def test_a_batch_of_all_norms_is_a_loop():
     A = torch.stack([skew(5, norm, torch.float32) for norm in NORMS])
     loop = torch.stack([skew_exp(a) for a in A])
-    assert_close(skew_exp(A), loop, rtol=0, atol=1e-6)
-    assert_close(vmap(skew_exp)(A), loop, rtol=0, atol=1e-6)
-    assert_close(vmap(vmap(skew_exp))(A[None])[0], loop, rtol=0, atol=1e-6)
+    for batch in (skew_exp(A), vmap(skew_exp)(A), vmap(vmap(skew_exp))(A[None])[0]):
+        for norm, Q, expected in zip(NORMS, batch, loop, strict=True):
+            assert_close(Q, expected, rtol=0, atol=max(1e-6, norm * torch.finfo(Q.dtype).eps))
 
 
 @pytest.mark.parametrize("norms", [(1.0, 1.9), (1e-4, 0.6), (1e-4, 3.0)])
