@@ -138,8 +138,11 @@ class FakeQuantize(Transform[Tensor]):
         scale, zero_point = self._aligned(raw, state["scale"], state["zero_point"])
         steps = raw / scale
         rounded = _straight_through(steps.round(), steps)
-        low, high = self._range()
-        return scale * ((rounded + zero_point).clamp(low, high) - zero_point)
+        integers, (low, high) = rounded + zero_point, self._range()
+        # the ends are inside; clamp's own derivative there is 1 or 0 by the version of PyTorch
+        inside = (integers >= low) & (integers <= high)
+        levels = torch.where(inside, integers, integers.detach().clamp(low, high))
+        return scale * (levels - zero_point)
 
     @full_precision
     def right_inverse(
