@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
@@ -19,7 +19,7 @@ _NOTHING: State = MappingProxyType({})
 Stack: TypeAlias = "tuple[Any, State]"
 """Raw and state of a group, each tensor with the leaves along dimension 0."""
 
-_PLAIN = frozenset({nn.Parameter, Tensor})
+_PLAIN = (nn.Parameter, Tensor)
 
 _unsafe_split = cast("Any", torch.unsafe_split)
 
@@ -202,7 +202,7 @@ def _apart(stack: State) -> list[State]:
 def _stack(leaves: Sequence[Any]) -> Any:
     """One stack, or one for each name; None if they are not plain tensors of one kind."""
     first = leaves[0]
-    if not isinstance(first, Mapping):
+    if isinstance(first, Tensor):
         return torch.stack(leaves) if _are_alike(leaves) else None  # pyright: ignore
     columns = {name: [leaf[name] for leaf in leaves] for name in cast("State", first)}
     if not all(map(_are_alike, columns.values())):
@@ -215,5 +215,6 @@ def _are_alike(tensors: Sequence[Any]) -> bool:
 
     A stack with one trained leaf would make frozen ones look trained.
     """
-    kinds = set(map(type, tensors))
-    return kinds <= _PLAIN and len({(t.dtype, t.device, t.requires_grad) for t in tensors}) == 1
+    if not all(type(t) in _PLAIN for t in tensors):
+        return False
+    return len({(t.dtype, t.device, t.requires_grad) for t in tensors}) == 1

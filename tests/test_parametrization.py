@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -181,6 +182,16 @@ def test_non_tensor_leaves_and_colliding_names_are_refused():
         fp.parametrize({"a": [torch.ones(1), 2.0]}, {"a.0": Positive()})
     with pytest.raises(ValueError, match=r"'a\.b': expected one leaf of this name; got two"):
         fp.parametrize({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, {"a.b": Positive()})
+
+
+def test_a_tied_buffer_is_picked_by_any_of_its_names():
+    net = nn.ModuleList([nn.Module(), nn.Module()])
+    for part in net:
+        part.register_buffer("scale", torch.ones(3))
+    net[1].scale = net[0].scale
+    for name in ("0.scale", "1.scale"):
+        p = fp.parametrize(net, {name: Positive()})
+        assert list(p) == ["0.scale"]
 
 
 def test_a_buffer_can_be_a_target():

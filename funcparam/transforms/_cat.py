@@ -222,5 +222,5 @@ def _merge(each: Iterable[Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
         if isinstance(tree, Tensor):
             merged[str(i)] = tree
         else:
-            merged |= {f"{i}.{key}": tensor for key, tensor in tree.items()}
+            merged.update({f"{i}.{key}": tensor for key, tensor in tree.items()})
     return merged

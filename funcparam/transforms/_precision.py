@@ -33,9 +33,9 @@ def full_precision(method: Method) -> Method:
 
     @wraps(method)
     def run(self: Any, first: Any, *rest: Any, **kwargs: Any) -> Any:
-        tensor = first if isinstance(first, Tensor) else next(iter(first.values()), None)
-        if tensor is None:
+        if not isinstance(first, Tensor) and len(first) == 0:
             return method(self, first, *rest, **kwargs)
+        tensor = first if isinstance(first, Tensor) else next(iter(first.values()))
         low = tensor.dtype
         if _autocast_is_on(tensor):
             with autocast_off(tensor):
