@@ -23,6 +23,7 @@ from funcparam.transforms import (
     WeightNorm,
 )
 from tests.networks import Classifier, Tied, loss_of, mixed, mlp
+from tests.versions import words_of_213
 
 
 def noisy(tree):
@@ -173,8 +174,15 @@ def test_any_pytree():
     assert same == p
     assert hash(same) == hash(p)
     assert equal(same(raw, state), out)
+
+
+@words_of_213  # before, Dynamo traced no optree
+def test_any_pytree_compiled():
+    tree = {"layers": [torch.randn(3, 3), None], "pair": Pair(torch.rand(2), {"x": torch.ones(1)})}
+    p = fp.parametrize(tree, {"layers.0": Symmetric(), "pair.left": Positive()})
+    raw, state = p.init(tree)
     compiled = torch.compile(p.__call__, fullgraph=True, backend="aot_eager")
-    assert equal(compiled(raw, state), out)
+    assert equal(compiled(raw, state), p(raw, state))
 
 
 def test_non_tensor_leaves_and_colliding_names_are_refused():

@@ -48,6 +48,8 @@ def operator_norm(kernel: Tensor) -> Tensor:
 
     The input's sides are four times the kernel's: a singular value for each frequency.
     """
+    if not kernel.numel():
+        return kernel.new_zeros(())
     taps = kernel.shape[3:]
     response: Tensor = kernel
     if taps:

@@ -17,6 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import funcparam.compat
 from tests.compat.parts import BOTH, Double, Symmetric, api, functions
+from tests.versions import words_of_213
 
 FUNCTIONS = [functions.orthogonal, functions.weight_norm, functions.spectral_norm]
 
@@ -172,6 +173,7 @@ class TestTensorSubclasses:
         assert isinstance(layer.weight, nn.Parameter)
         assert_close([layer.weight.a.detach(), layer.weight.b.detach()], before)
 
+    @words_of_213
     def test_unwrapping_with_opaque_raw_elements(self, side):
         register, _ = side
         Factor = opaque()

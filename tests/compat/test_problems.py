@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from tests.compat.parts import BOTH, Centred, Double, Symmetric, api, functions
+from tests.versions import words_of_213
 
 RAW = "parametrizations.weight.original"
 
@@ -472,6 +473,7 @@ def test_removing_under_no_grad_leaves_a_parameter():
     assert layer.weight.requires_grad
 
 
+@words_of_213
 def test_problem_3_in_a_compiled_function_is_refused():
     layer = functions.orthogonal(linear())
 

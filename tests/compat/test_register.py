@@ -24,6 +24,7 @@ from funcparam.transforms import (
 )
 from funcparam.transforms import Symmetric as SymmetricTransform
 from tests.compat.parts import BOTH, Double, Factors, Sum, Symmetric, api, functions, torch_api
+from tests.versions import words_of_213
 
 
 def linear(*shape, seed=0, **kwargs):
@@ -312,6 +313,7 @@ FIRST = {
 }
 
 
+@words_of_213
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("kind", FIRST)
 def test_errors_are_torchs_word_for_word(kind, second):
@@ -350,6 +352,7 @@ def test_errors_of_assigning_are_torchs(back):
     assert texts[0] == texts[1]
 
 
+@words_of_213
 @pytest.mark.parametrize(
     "back", [lambda X: 1, lambda X: (X,), lambda X: (X, 1), lambda X: (X, X.double())]
 )

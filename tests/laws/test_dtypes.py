@@ -76,7 +76,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(case, shape, dty
     twice = any(word in str(case) for word in ("Chain", "WeightNorm"))
     eps = 4 * torch.finfo(dtype).eps if twice else 0
     computed = [case.transform.forward, case.transform.update]
-    if not case.transform.is_adapter:  # whose factors are drawn in the dtype
+    if not case.transform.is_adapter and "LoRA" not in str(case):  # factors are drawn in the dtype
         computed.append(inverse(case, value))
     for compute in computed:
         pairs = zip(tensors(compute(*low)), tensors(compute(*wide)), strict=True)
