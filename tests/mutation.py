@@ -102,16 +102,17 @@ def runs_of(path):
     if path.stem in OF_HELPERS:
         found = (next(ROOT.glob(f"tests/**/test_{name}.py")) for name in OF_HELPERS[path.stem])
         return [[str(file.relative_to(ROOT)) for file in found]]
-    names = _classes(path) or [name for other in _importers(path) for name in _classes(other)]
-    own = sorted({path.stem.removeprefix("_"), *names})
+    own = sorted({path.stem.removeprefix("_"), *_transforms(path)})
     files = [f"tests/test_{name}.py" for name in OF_TRANSFORMS]
     about = [file for file in files if re.search("|".join(own), (ROOT / file).read_text())]
     return [[*LAWS, "-k", " or ".join(own)], *([about] if about else [])]
 
 
-def _classes(path):
+def _transforms(path):
+    """The public classes of a file, or else of the files that import it."""
     nodes = ast.parse(path.read_text()).body
-    return [n.name for n in nodes if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    own = [n.name for n in nodes if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    return own or [name for other in _importers(path) for name in _transforms(other)]
 
 
 def _importers(path):
