@@ -8,7 +8,7 @@ asked for.
 import torch
 from torch import nn
 
-from funcparam.transforms._skew_exp import _nearest_orthogonal, _taylor
+from funcparam.transforms.numerics.skew_exp import _nearest_orthogonal, _taylor
 
 
 def _skew(raw):

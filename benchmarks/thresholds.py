@@ -13,7 +13,7 @@ import torch
 from _timing import interleaved, machine, ratio
 
 import funcparam as fp
-from funcparam._batching import Plan
+from funcparam.parametrization.batching import Plan
 from funcparam.transforms import (
     AOL,
     IA3,

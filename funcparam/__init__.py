@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from funcparam import transforms
-from funcparam._call import ParametrizedCall, recompute
-from funcparam._fold import fold
-from funcparam._functional_call import FunctionalCall, functional_call
-from funcparam._module import Parametrized
-from funcparam._parametrization import Parametrization
-from funcparam._parametrize import parametrize
-from funcparam._trainable import trainable
+from funcparam.binding.call import ParametrizedCall, recompute
+from funcparam.binding.fold import fold
+from funcparam.binding.functional_call import FunctionalCall, functional_call
+from funcparam.binding.module import Parametrized
+from funcparam.parametrization.parametrization import Parametrization
+from funcparam.parametrization.parametrize import parametrize
+from funcparam.training.trainable import trainable
 from funcparam.transforms import Transform, transform
 
 if TYPE_CHECKING:

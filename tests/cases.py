@@ -73,7 +73,7 @@ from funcparam.transforms import (
     WeightStandardization,
     transform,
 )
-from tests.convolutions import (
+from tests.transforms.convolutions import (
     almost_orthogonal_kernel,
     orthogonal_kernel,
     peeled,

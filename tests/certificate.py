@@ -15,7 +15,7 @@ import optree
 import pytest
 import torch
 
-from funcparam._inspect import spelt
+from funcparam.parametrization.inspect import spelt
 from tests.cases import CASES, raw_and_state
 
 LAWS = Path(__file__).parent / "laws"

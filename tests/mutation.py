@@ -33,15 +33,15 @@ LAWS += [f"tests/laws/test_{law}.py" for law in ("log_det", "static", "meta")]
 OF_TRANSFORMS = ["bad_input", "errors", "constraints", "structured", "manifolds", "lipschitz_conv"]
 OF_TRANSFORMS += ["problems", "skew_exp", "fused_norm", "edges", "batching", "geotorch"]
 OF_HELPERS = {
-    "_parametrization": ["parametrization", "selection", "inspect", "batching", "errors", "module"],
-    "_parametrize": ["parametrization", "selection", "errors"],
-    "_signature": ["parametrization", "selection", "errors", "own_transforms", "bad_input"],
+    "parametrization": ["parametrization", "selection", "inspect", "batching", "errors", "module"],
+    "parametrize": ["parametrization", "selection", "errors"],
+    "signature": ["parametrization", "selection", "errors", "own_transforms", "bad_input"],
     "_spellings": ["codec", "keys", "errors"],
-    "_arguments": ["bad_input", "errors"],
-    "_base": ["bad_input", "errors", "selection", "parametrization"],
+    "arguments": ["bad_input", "errors"],
+    "base": ["bad_input", "errors", "selection", "parametrization"],
     "_constraints": ["constraints", "errors"],
-    "_function": ["own_transforms", "bad_input", "errors", "selection", "inspect"],
-    "_precision": ["dtypes", "parametrization", "inspect", "module"],
+    "function": ["own_transforms", "bad_input", "errors", "selection", "inspect"],
+    "precision": ["dtypes", "parametrization", "inspect", "module"],
 }
 
 
@@ -100,12 +100,15 @@ def _compiles(code):
 def runs_of(path):
     """The arguments of pytest for a file, run by run: its rows of the laws, and files about it."""
     if path.stem in OF_HELPERS:
-        found = (next(ROOT.glob(f"tests/**/test_{name}.py")) for name in OF_HELPERS[path.stem])
-        return [[str(file.relative_to(ROOT)) for file in found]]
+        return [[_test(name) for name in OF_HELPERS[path.stem]]]
     own = sorted({path.stem.removeprefix("_"), *_transforms(path)})
-    files = [f"tests/test_{name}.py" for name in OF_TRANSFORMS]
+    files = [_test(name) for name in OF_TRANSFORMS]
     about = [file for file in files if re.search("|".join(own), (ROOT / file).read_text())]
     return [[*LAWS, "-k", " or ".join(own)], *([about] if about else [])]
+
+
+def _test(name):
+    return str(next(ROOT.glob(f"tests/**/test_{name}.py")).relative_to(ROOT))
 
 
 def _transforms(path):
@@ -116,8 +119,9 @@ def _transforms(path):
 
 
 def _importers(path):
-    pattern = re.compile(rf"from funcparam\.transforms\.{path.stem} import")
-    return [other for other in path.parent.glob("_*.py") if pattern.search(other.read_text())]
+    module = ".".join(path.with_suffix("").parts)
+    files = Path("funcparam/transforms").rglob("*.py")
+    return [file for file in files if f"from {module} import" in file.read_text()]
 
 
 def killed(runs, seconds):
@@ -152,7 +156,10 @@ def main():
     parser.add_argument("--least", type=float, default=0.85, help="the share to be killed")
     options = parser.parse_args()
     package = ROOT / "funcparam"
-    every = [*sorted((package / "transforms").glob("_[!_]*.py")), *package.glob("_parametriz*.py")]
+    every = [
+        path for path in sorted((package / "transforms").rglob("*.py")) if path.stem != "__init__"
+    ]
+    every += sorted((package / "parametrization").glob("parametriz*.py"))
     files = [path.resolve().relative_to(ROOT) for path in options.files or every]
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)

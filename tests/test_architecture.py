@@ -34,20 +34,64 @@ def ids(path):
     return str(path.relative_to(ROOT))
 
 
+def module_of(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+# Who may import whom. A room may always import itself, and `compat`, the top, everything.
+CORE = {"transforms", "transforms.contract", "transforms.numerics"}
+ROOMS = {
+    "transforms.contract": set(),
+    "transforms.numerics": {"transforms.contract"},
+    "transforms": {"transforms.contract", "transforms.numerics"},
+    "parametrization": CORE,
+    "checkpoint": {*CORE, "parametrization"},
+    "binding": {*CORE, "parametrization", "checkpoint"},
+    "training": {*CORE, "parametrization"},
+    "compat": {*CORE, "parametrization", "checkpoint", "binding"},
+}
+
+
+def room(module):
+    """The room of a module; None for what lies in the package itself, which is the public face."""
+    inner = module.removeprefix("funcparam").removeprefix(".")
+    return next((r for r in ROOMS if inner == r or inner.startswith(f"{r}.")), None)
+
+
 @pytest.mark.parametrize("path", FILES, ids=ids)
-def test_layers(path):
-    layer = path.relative_to(ROOT).parts[0]
+def test_rooms(path):
+    own = room(module_of(path))
     for module, name in imports(path):
         if module.split(".")[0] == "optree":
-            assert layer == "_nested.py", "optree stays behind _nested.py"
-        if not module.startswith("funcparam"):
+            assert path.name == "nested.py", "optree stays behind nested.py"
+        if own is None or not module.startswith("funcparam"):
             continue
-        if layer == "transforms":
-            assert module.startswith("funcparam.transforms"), "transforms know no dictionary"
-        if layer != "compat":
-            assert not module.startswith("funcparam.compat"), "the core does not know compat"
-        if layer not in ("transforms", "compat", "__init__.py"):
+        other = room(f"{module}.{name}") or room(module)
+        assert other or own == "compat", f"{own} imports the public face"
+        assert other in {own, None} | ROOMS[own], f"{own} imports {other}"
+        if own.split(".")[0] not in ("transforms", "compat"):
             assert name not in NAMED, "the core knows no named transform"
+
+
+def test_each_room_says_what_lives_there():
+    rooms = {path.parent for path in FILES if path.parent != ROOT}
+    assert {room(module_of(folder / "__init__.py")) for folder in rooms} == set(ROOMS)
+    for folder in rooms:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+
+
+def test_no_circles():
+    """Not even of imports for type checkers only."""
+    files = {module_of(path): path for path in FILES if path.name != "__init__.py"}
+    left = {
+        module: {m for pair in imports(path) for m in (pair[0], ".".join(pair)) if m in files}
+        for module, path in files.items()
+    }
+    while done := [module for module, needs in left.items() if not needs & set(left)]:
+        for module in done:
+            del left[module]
+    assert left == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
@@ -81,8 +125,8 @@ def test_import_is_light():
         "funcparam.parametrize(torch.nn.Linear(1, 1), [])\n"
         "assert loaded | new >= {m for m in sys.modules if m.startswith('optree')}\n"
         "assert not [m for m in own if 'compat' in m or 'checkpoint' in m], own\n"
-        "files = {'_base', '_function', '_linalg', '_precision', '_signature'}\n"
-        "transforms = {m.split('.')[2] for m in own if m.startswith('funcparam.transforms.')}\n"
+        "files = {'base', 'function', 'linalg', 'precision', 'signature', 'contract', 'numerics'}\n"
+        "transforms = {m.split('.')[-1] for m in own if m.startswith('funcparam.transforms.')}\n"
         "assert transforms <= files, transforms\n"
     )
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import funcparam as fp
 from funcparam.transforms import Orthogonal, SpectralNorm, WeightNorm
 from tests.networks import Tied
-from tests.test_training import error
+from tests.training.test_training import error
 
 
 def hessian_vector(loss, leaves, direction):

@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 import torch
 from torch import Tensor
 
-from funcparam._boundary import (
+from funcparam.checkpoint._keys import Stored, flat, half_legacy, key_of, scan, what_is_there
+from funcparam.checkpoint._own import is_own, read_own, write_own
+from funcparam.parametrization.boundary import (
     Entry,
     RawTree,
     StateTree,
@@ -18,12 +20,10 @@ from funcparam._boundary import (
     check_state_tree,
     expect_finite,
 )
-from funcparam._parametrization import Parametrization
-from funcparam.checkpoint._keys import Stored, flat, half_legacy, key_of, scan, what_is_there
-from funcparam.checkpoint._own import is_own, read_own, write_own
-from funcparam.transforms._base import Raw, State
-from funcparam.transforms._signature import TensorSpec, describe
+from funcparam.parametrization.parametrization import Parametrization
 from funcparam.transforms._spellings import Spelling, infer, spellings
+from funcparam.transforms.contract.base import Raw, State
+from funcparam.transforms.contract.signature import TensorSpec, describe
 
 Style: TypeAlias = Literal["funcparam", "torch", "legacy", "plain"]
 

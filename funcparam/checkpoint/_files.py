@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcparam.checkpoint._keys import flat
-from funcparam.transforms._signature import describe
+from funcparam.transforms.contract.signature import describe
 
 Path: TypeAlias = "str | os.PathLike[str]"
 

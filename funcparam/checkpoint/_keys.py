@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from funcparam._table import Table, Tabular
-from funcparam.transforms._signature import describe
+from funcparam.parametrization.table import Table, Tabular
+from funcparam.transforms.contract.signature import describe
 
 _OWN = ("raw", "state", "net_buffers")
 

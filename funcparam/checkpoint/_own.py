@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from funcparam._boundary import Entry
 from funcparam.checkpoint._keys import has_own_keys, what_is_there
-from funcparam.transforms._base import State
-from funcparam.transforms._signature import TensorSpec
+from funcparam.parametrization.boundary import Entry
+from funcparam.transforms.contract.base import State
+from funcparam.transforms.contract.signature import TensorSpec
 
 
 def is_own(tensors: Mapping[str, Any], entries: Sequence[Entry]) -> bool:

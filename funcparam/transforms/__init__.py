@@ -5,9 +5,9 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from funcparam.transforms._base import AnyTransform, Raw, State, Transform
-from funcparam.transforms._function import transform
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.base import AnyTransform, Raw, State, Transform
+from funcparam.transforms.contract.function import transform
+from funcparam.transforms.contract.precision import full_precision
 
 # Making sixty dataclasses takes longer than the rest of the package together, and most programs
 # use two or three: a family is imported when one of its names is first asked for.

@@ -8,8 +8,15 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import INTEGER, NUMBER, POSITIVE_INTEGER, expect_argument
-from funcparam.transforms._base import (
+from funcparam.transforms._lora import LoRA, uniform_factor
+from funcparam.transforms._low_rank import singular_value
+from funcparam.transforms.contract.arguments import (
+    INTEGER,
+    NUMBER,
+    POSITIVE_INTEGER,
+    expect_argument,
+)
+from funcparam.transforms.contract.base import (
     AnyTransform,
     State,
     Transform,
@@ -19,11 +26,9 @@ from funcparam.transforms._base import (
     expect_real,
     largest,
 )
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._lora import LoRA, uniform_factor
-from funcparam.transforms._low_rank import singular_value
-from funcparam.transforms._orthogonal_maps import FRAMES
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.orthogonal_maps import FRAMES
 
 
 @final

@@ -7,11 +7,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import POSITIVE_NUMBER, expect_argument
-from funcparam.transforms._base import State, Transform, expect_matrix, largest
-from funcparam.transforms._frames import at_frames, between_frames, svd, with_moved_bases
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.arguments import POSITIVE_NUMBER, expect_argument
+from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.frames import at_frames, between_frames, svd, with_moved_bases
+from funcparam.transforms.numerics.linalg import linalg
 
 # At the bound itself the sine has no slope, and a singular value would never leave it.
 _INSIDE = 0.99

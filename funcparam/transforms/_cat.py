@@ -8,8 +8,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import INTEGER, expect_argument, keep_integers
-from funcparam.transforms._base import AnyTransform, State, Transform, expect_dim
+from funcparam.transforms.contract.arguments import INTEGER, expect_argument, keep_integers
+from funcparam.transforms.contract.base import AnyTransform, State, Transform, expect_dim
 
 
 class _Parts(Transform[Mapping[str, Tensor]]):

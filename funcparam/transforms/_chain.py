@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._base import AnyTransform, State, Transform
+from funcparam.transforms.contract.base import AnyTransform, State, Transform
 
 
 @final

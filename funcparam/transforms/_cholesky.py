@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from funcparam.transforms._arguments import Kind, expect_argument, is_finite
-from funcparam.transforms._base import (
+from funcparam.transforms.contract.arguments import Kind, expect_argument, is_finite
+from funcparam.transforms.contract.base import (
     State,
     Transform,
     expect_all,
@@ -17,9 +17,9 @@ from funcparam.transforms._base import (
     expect_square,
     largest,
 )
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._precision import full_precision
-from funcparam.transforms._softplus import inverse_softplus, softplus
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 _EPS = Kind("a finite number, at least 0", (int, float), lambda x: x >= 0 and is_finite(x))
 

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 from torch.distributions import constraints
 
-from funcparam.transforms._base import AnyTransform
 from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
 from funcparam.transforms._cat import Cat, Stack
 from funcparam.transforms._cholesky import CholeskyFactor, PositiveDefinite
@@ -17,6 +16,7 @@ from funcparam.transforms._positive import Positive
 from funcparam.transforms._simplex import Simplex
 from funcparam.transforms._symmetric import Symmetric
 from funcparam.transforms._triangular import Triangular
+from funcparam.transforms.contract.base import AnyTransform
 
 
 def from_constraint(constraint: constraints.Constraint) -> AnyTransform:

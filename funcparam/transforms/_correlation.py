@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from funcparam.transforms._base import (
+from funcparam.transforms.contract.base import (
     State,
     Transform,
     expect_all,
@@ -16,8 +16,8 @@ from funcparam.transforms._base import (
     expect_square,
     largest,
 )
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
 
 
 @final

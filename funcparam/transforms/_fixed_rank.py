@@ -7,12 +7,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
-from funcparam.transforms._base import State, Transform, expect_all, expect_matrix
-from funcparam.transforms._frames import at_frames, between_frames, svd, with_moved_bases
 from funcparam.transforms._low_rank import singular_value
-from funcparam.transforms._precision import full_precision
-from funcparam.transforms._softplus import inverse_softplus, softplus
+from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
+from funcparam.transforms.contract.base import State, Transform, expect_all, expect_matrix
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.frames import at_frames, between_frames, svd, with_moved_bases
+from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
 @final

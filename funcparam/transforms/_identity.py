@@ -6,7 +6,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._base import State, Transform
+from funcparam.transforms.contract.base import State, Transform
 
 
 @final

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple, cast, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._base import (
+from funcparam.transforms.contract.base import (
     AnyTransform,
     State,
     Transform,
@@ -16,9 +16,9 @@ from funcparam.transforms._base import (
     expect_square,
     largest,
 )
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._orthogonal_maps import FRAMES, identity_like
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.orthogonal_maps import FRAMES, identity_like
 
 
 @final

@@ -7,16 +7,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
-from funcparam.transforms._base import State, Transform, expect_matrix, expect_real, largest
-from funcparam.transforms._kernels import (
+from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
+from funcparam.transforms.contract.base import State, Transform, expect_matrix, expect_real, largest
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.kernels import (
     expect_groups,
     grouped,
     lag_sums,
     operator_norm,
 )
-from funcparam.transforms._precision import full_precision
-from funcparam.transforms._softplus import inverse_softplus, softplus
+from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
 @final

@@ -8,10 +8,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import NUMBER, POSITIVE_INTEGER, expect_argument
-from funcparam.transforms._base import State, Transform, expect_matrix
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.arguments import NUMBER, POSITIVE_INTEGER, expect_argument
+from funcparam.transforms.contract.base import State, Transform, expect_matrix
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
 
 
 @final

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
-from funcparam.transforms._base import State, Transform, expect_matrix, largest
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
+from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
 
 
 @final

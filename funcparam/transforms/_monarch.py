@@ -7,10 +7,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
-from funcparam.transforms._base import State, Transform, expect_filled, expect_matrix
 from funcparam.transforms._low_rank import balanced_factors, singular_value
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
+from funcparam.transforms.contract.base import State, Transform, expect_filled, expect_matrix
+from funcparam.transforms.contract.precision import full_precision
 
 
 @final

@@ -8,11 +8,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import INTEGER, expect_argument
-from funcparam.transforms._base import State, Transform, expect_dim, expect_real
-from funcparam.transforms._fused_norm import can_fuse, fused_weight_norm
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.arguments import INTEGER, expect_argument
+from funcparam.transforms.contract.base import State, Transform, expect_dim, expect_real
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.fused_norm import can_fuse, fused_weight_norm
+from funcparam.transforms.numerics.linalg import linalg
 
 
 @final

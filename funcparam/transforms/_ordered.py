@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from funcparam.transforms._base import (
+from funcparam.transforms.contract.base import (
     State,
     Transform,
     expect_all,
@@ -15,8 +15,8 @@ from funcparam.transforms._base import (
     expect_real,
     largest,
 )
-from funcparam.transforms._precision import full_precision
-from funcparam.transforms._softplus import inverse_softplus, softplus
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
 @final

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import expect_choice
-from funcparam.transforms._base import (
+from funcparam.transforms.contract.arguments import expect_choice
+from funcparam.transforms.contract.base import (
     State,
     Transform,
     expect_all,
@@ -16,14 +16,14 @@ from funcparam.transforms._base import (
     expect_square,
     largest,
 )
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._orthogonal_maps import (
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.orthogonal_maps import (
     FRAMES,
     complete_q_factor,
     identity_like,
     reflectors,
 )
-from funcparam.transforms._precision import full_precision
 
 # These two do not need a base point to start from a value: raw itself can be the value.
 _PROJECTIONS = ("qr", "newton_schulz")

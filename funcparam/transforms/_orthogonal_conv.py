@@ -7,13 +7,19 @@ from typing import Literal, cast, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument, expect_choice
-from funcparam.transforms._base import State, Transform, expect_inexact, expect_real, largest
-from funcparam.transforms._kernels import expect_groups, grouped
-from funcparam.transforms._linalg import linalg
 from funcparam.transforms._orthogonal import Orthogonal
-from funcparam.transforms._orthogonal_maps import FRAMES, identity_like
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument, expect_choice
+from funcparam.transforms.contract.base import (
+    State,
+    Transform,
+    expect_inexact,
+    expect_real,
+    largest,
+)
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.kernels import expect_groups, grouped
+from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.orthogonal_maps import FRAMES, identity_like
 
 # Inside, a kernel is (*taps, groups, out, in), so that a product is one of channels, and one with
 # more outputs than inputs is transposed.

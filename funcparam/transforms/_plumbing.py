@@ -7,7 +7,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import (
+from funcparam.transforms.contract.arguments import (
     INTEGER,
     NUMBER,
     Kind,
@@ -15,8 +15,8 @@ from funcparam.transforms._arguments import (
     is_finite,
     keep_integers,
 )
-from funcparam.transforms._base import State, Transform, expect_dim
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.base import State, Transform, expect_dim
+from funcparam.transforms.contract.precision import full_precision
 
 _FACTOR = Kind("a finite number that is not 0", (int, float), lambda x: x != 0 and is_finite(x))
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from funcparam.transforms._arguments import expect_choice
-from funcparam.transforms._base import State, Transform, expect_range, expect_real, largest
-from funcparam.transforms._precision import full_precision
-from funcparam.transforms._softplus import inverse_softplus, softplus
+from funcparam.transforms.contract.arguments import expect_choice
+from funcparam.transforms.contract.base import State, Transform, expect_range, expect_real, largest
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
 @final

@@ -6,10 +6,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import INTEGER, Kind, expect_argument, expect_choice
-from funcparam.transforms._base import State, Transform, largest
-from funcparam.transforms._precision import full_precision
-from funcparam.transforms._slices import expect_slices, other_dims
+from funcparam.transforms.contract.arguments import INTEGER, Kind, expect_argument, expect_choice
+from funcparam.transforms.contract.base import State, Transform, largest
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.slices import expect_slices, other_dims
 
 _THRESHOLD = Kind("a number from 0 to below 1", (int, float), lambda x: 0 <= x < 1)
 _BITS = Kind("an integer from 2 to 8", (int,), lambda n: 2 <= n <= 8)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from funcparam.transforms._arguments import expect_choice
-from funcparam.transforms._base import State, Transform, expect_range, expect_real, largest
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.arguments import expect_choice
+from funcparam.transforms.contract.base import State, Transform, expect_range, expect_real, largest
+from funcparam.transforms.contract.precision import full_precision
 
 
 @final

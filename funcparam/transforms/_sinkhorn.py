@@ -6,8 +6,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument
-from funcparam.transforms._base import (
+from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
+from funcparam.transforms.contract.base import (
     State,
     Transform,
     expect_all,
@@ -15,7 +15,7 @@ from funcparam.transforms._base import (
     expect_square,
     largest,
 )
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.precision import full_precision
 
 
 @final

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from funcparam.transforms._arguments import (
+from funcparam.transforms.contract.arguments import (
     INTEGER,
     POSITIVE_INTEGER,
     POSITIVE_NUMBER,
     expect_argument,
 )
-from funcparam.transforms._base import State, Transform, expect_dim, largest
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.base import State, Transform, expect_dim, largest
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
 
 _SMALL = 64 * 64
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcparam.transforms._base import AnyTransform, State, readable
 from funcparam.transforms._chain import Chain
 from funcparam.transforms._mask import Mask
 from funcparam.transforms._norm import WeightNorm
 from funcparam.transforms._orthogonal import Orthogonal
-from funcparam.transforms._signature import NamedSpecs, Signature, TensorSpec
 from funcparam.transforms._spectral import SpectralNorm
+from funcparam.transforms.contract.base import AnyTransform, State, readable
+from funcparam.transforms.contract.signature import NamedSpecs, Signature, TensorSpec
 
 Parts = Mapping[str, Tensor]
 

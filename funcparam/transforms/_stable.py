@@ -7,9 +7,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import expect_choice
-from funcparam.transforms._base import State, Transform, expect_all, expect_real, largest
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.arguments import expect_choice
+from funcparam.transforms.contract.base import State, Transform, expect_all, expect_real, largest
+from funcparam.transforms.contract.precision import full_precision
 
 # exp(-exp(nu)) is 0 above this in every dtype; the gradient is 0 and not 0 * inf
 _GONE_ABOVE = 10.0

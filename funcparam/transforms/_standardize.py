@@ -7,11 +7,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import INTEGER, POSITIVE_NUMBER, expect_argument
-from funcparam.transforms._base import State, Transform, largest
-from funcparam.transforms._linalg import linalg
-from funcparam.transforms._precision import full_precision
-from funcparam.transforms._slices import expect_slices, other_dims
+from funcparam.transforms.contract.arguments import INTEGER, POSITIVE_NUMBER, expect_argument
+from funcparam.transforms.contract.base import State, Transform, largest
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.slices import expect_slices, other_dims
 
 
 @final

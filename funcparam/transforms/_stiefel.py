@@ -6,11 +6,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._base import State, Transform, expect_matrix
-from funcparam.transforms._frames import moved, tilted
 from funcparam.transforms._orthogonal import Orthogonal
-from funcparam.transforms._orthogonal_maps import q_factor
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.base import State, Transform, expect_matrix
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.frames import moved, tilted
+from funcparam.transforms.numerics.orthogonal_maps import q_factor
 
 
 @final

@@ -7,8 +7,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import POSITIVE_INTEGER, expect_argument, keep_integers
-from funcparam.transforms._base import (
+from funcparam.transforms._low_rank import balanced_factors, singular_value
+from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument, keep_integers
+from funcparam.transforms.contract.base import (
     State,
     Transform,
     expect_filled,
@@ -16,8 +17,7 @@ from funcparam.transforms._base import (
     expect_square,
     largest,
 )
-from funcparam.transforms._low_rank import balanced_factors, singular_value
-from funcparam.transforms._precision import full_precision
+from funcparam.transforms.contract.precision import full_precision
 
 
 @final

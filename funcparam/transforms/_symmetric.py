@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._base import State, Transform, expect_square, largest
+from funcparam.transforms.contract.base import State, Transform, expect_square, largest
 
 
 @final

@@ -6,8 +6,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._arguments import expect_choice
-from funcparam.transforms._base import State, Transform, expect_matrix, largest
+from funcparam.transforms.contract.arguments import expect_choice
+from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
 
 
 @final

@@ -1,0 +1,102 @@
+"""Raw and state as the parameters and buffers of plain modules, at the dotted names of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from funcparam.parametrization.boundary import Entry
+from funcparam.transforms.contract.base import Raw, State
+from funcparam.transforms.contract.signature import TensorSpec
+
+Layout: TypeAlias = "tuple[str, list[str], list[str] | None, list[str]]"
+"""The name of a leaf, in parts too, and the keys of its raw, None for a tensor, and state."""
+
+
+def layout(entry: Entry) -> Layout:
+    """Where the tensors of one leaf are."""
+    spec = entry.signature
+    keys = None if isinstance(spec.raw, TensorSpec) else [key for key, _ in spec.raw]
+    return entry.name, entry.name.split("."), keys, [key for key, _ in spec.state]
+
+
+def collect(
+    layouts: list[Layout], raw_root: nn.Module, state_root: nn.Module
+) -> tuple[dict[str, Raw], dict[str, State]]:
+    """Return raw and state, the tensors themselves."""
+    raw: dict[str, Raw] = {}
+    state: dict[str, State] = {}
+    for name, parts, raw_keys, state_keys in layouts:
+        if raw_keys is None:
+            raw[name] = _tensor(_module_at(raw_root, parts[:-1]), parts[-1])
+        else:
+            raw[name] = _below(raw_root, parts, raw_keys)
+        if state_keys:
+            state[name] = _below(state_root, parts, state_keys)
+    return raw, state
+
+
+def at(root: nn.Module, path: str) -> Tensor:
+    """Return the tensor at a dotted path below `root`."""
+    *parents, key = path.split(".")
+    return _tensor(_module_at(root, parents), key)
+
+
+def paths(name: str, tensors: Raw) -> list[tuple[str, Tensor]]:
+    """The tensors of one leaf with their dotted paths."""
+    if isinstance(tensors, Tensor):
+        return [(name, tensors)]
+    return [(f"{name}.{key}", tensor) for key, tensor in tensors.items()]
+
+
+def place(root: nn.Module, path: str, tensor: Tensor, *, persistent: bool = True) -> None:
+    """Register `tensor` at a dotted path below `root`, making plain modules on the way."""
+    *parents, local = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:  # pyright: ignore[reportPrivateUsage]
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(local, tensor)
+    else:
+        root.register_buffer(local, tensor, persistent=persistent)
+
+
+def overwrite(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Copy what changed into the tensors of `old`."""
+    changed: list[tuple[Tensor, Tensor]] = []
+    for name, given in new.items():
+        own = old[name]
+        if isinstance(given, Tensor):
+            changed.append((own, given))
+        else:
+            changed += [(own[key], tensor) for key, tensor in given.items()]
+    changed = [(own, given) for own, given in changed if given is not own]
+    if changed:
+        torch._foreach_copy_(*map(list, zip(*changed, strict=True)))  # pyright: ignore
+
+
+def _below(root: nn.Module, path: list[str], keys: list[str]) -> dict[str, Tensor]:
+    """The tensors of one leaf, whose keys may be dotted; one without any has no module."""
+    if not keys:
+        return {}
+    owner = _module_at(root, path)
+    return {key: at(owner, key) if "." in key else _tensor(owner, key) for key in keys}
+
+
+def _module_at(root: nn.Module, path: list[str]) -> nn.Module:
+    """The module below `root`; quicker than attributes, which `nn.Module` looks up in Python."""
+    for name in path:
+        root = cast("nn.Module", root._modules[name])  # pyright: ignore[reportPrivateUsage]
+    return root
+
+
+def _tensor(owner: nn.Module, key: str) -> Tensor:
+    """The attribute, sooner where it is what it was registered as."""
+    found = owner._parameters.get(key)  # pyright: ignore[reportPrivateUsage]
+    if found is None:
+        found = owner._buffers.get(key)  # pyright: ignore[reportPrivateUsage]
+    return getattr(owner, key) if found is None else found

@@ -1,0 +1,93 @@
+"""A network with other tensors in the place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from funcparam.parametrization.names import closest
+from funcparam.parametrization.tree import flatten
+from funcparam.transforms.contract.signature import describe
+
+
+def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """Return a plain copy of `net` with `values` written into it.
+
+    Args:
+        net: any module; it stays as it is. Its tensors that `values` does not name are copied.
+        values: tensors by name, such as `p(raw, state)` returns. One name of a tie is enough.
+
+    Returns:
+        A module with the classes, names, order and `requires_grad` of `net`, which shares no
+        memory with `net` or `values` and does not need funcparam.
+
+    Raises:
+        TypeError: `values` is not a mapping.
+        ValueError: a name is not one of the module's, or a shape differs.
+
+    Example:
+        >>> import torch, funcparam as fp
+        >>> from funcparam.transforms import Orthogonal
+        >>> net = torch.nn.Linear(2, 2)
+        >>> p = fp.parametrize(net, {"weight": Orthogonal()})
+        >>> plain = fp.fold(net, p(*p.init(net)))
+        >>> list(plain.state_dict())
+        ['weight', 'bias']
+    """
+    if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"values: expected a dict of tensors; got {describe(values)}")
+    leaves = {name: leaf for leaf in flatten(net)[0] for name in leaf.names}
+    chosen: dict[int, Tensor] = {}
+    for name, value in values.items():
+        if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"values[{name!r}]: expected a tensor; got {describe(value)}. fold takes values,"
+                " p(raw, state), not raw"
+            )
+        if name not in leaves:
+            raise ValueError(f"values: unknown name {name!r}; {closest(name, [*leaves])}")
+        old = leaves[name].tensor
+        if old.shape != value.shape:
+            raise ValueError(
+                f"values[{name!r}]: expected shape {tuple(old.shape)}; got {tuple(value.shape)}"
+            )
+        if chosen.setdefault(id(old), value) is not value:
+            raise ValueError(f"values: {name!r} is tied; got two different tensors for its tie")
+
+    def write(old: Tensor) -> Tensor:
+        new = chosen.get(id(old), old)
+        return torch.empty_like(old, dtype=new.dtype, device=new.device).copy_(new.detach())
+
+    return replaced(net, write)
+
+
+def replaced(net: nn.Module, new: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Copy `net` with `new(t)` in the place of each of its parameters and buffers `t`.
+
+    As a memo of deepcopy, so that ties stay ties, and lists of weights that modules keep beside
+    their parameters (RNNs do) hold the new ones too.
+    """
+    memo: dict[int, Any] = {}
+    for leaf in flatten(net)[0]:
+        old = leaf.tensor
+        tensor = new(old)
+        memo[id(old)] = (
+            tensor if leaf.is_buffer else nn.Parameter(tensor, requires_grad=old.requires_grad)
+        )
+    try:
+        return deepcopy(net, memo)
+    except RuntimeError as error:
+        for prefix, part in cast("Iterator[tuple[str, nn.Module]]", net.named_modules()):
+            for name, item in vars(part).items():
+                if isinstance(item, Tensor) and not item.is_leaf:
+                    path = f"{prefix}." * bool(prefix) + name
+                    raise RuntimeError(
+                        f"{path!r}: expected a weight that can be copied; got one that a hook"
+                        " computed. Remove the hook first (remove_weight_norm,"
+                        " remove_spectral_norm), or make it under funcparam.compat.installed()"
+                    ) from error
+        raise
