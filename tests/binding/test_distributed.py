@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import funcparam as fp
-from funcparam import _call
+from funcparam.binding import call
 from funcparam.transforms import LoRA, Orthogonal, SpectralNorm, WeightNorm
 
 RULES = {
@@ -51,7 +51,7 @@ def full(tensor):
 def worker(rank, port, kind, results):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    _call.SMALLEST = 0  # in this process: every value counts as large
+    call.SMALLEST = 0  # in this process: every value counts as large
     model, x = model_and_data(recompute="recompute" in kind)
     wrapped = DistributedDataParallel(model) if "ddp" in kind else fully_shard(model)
     losses = train(wrapped, [x[4 * rank :][:4]] * 3)
