@@ -96,11 +96,26 @@ def test_no_circles():
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_no_mutable_module_state(path):
+    """A table at module level is a `Mapping`, which type checkers let nobody write to."""
     if path.name == "_classes.py":  # the one cache of compat
         return
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and not ast.unparse(node.targets[0]).startswith("__"):
-            assert not isinstance(node.value, ast.Dict | ast.List | ast.Set | ast.DictComp)
+            assert not isinstance(node.value, MUTABLE), ast.unparse(node)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, MUTABLE):
+            assert ast.unparse(node.annotation).startswith("Mapping["), ast.unparse(node)
+
+
+MUTABLE = ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp | ast.SetComp
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_compilers_can_read_what_is_read_in_a_call(path):
+    """Once a graph wrote to any dict they read no mapping proxy, nor what `x.__class__` is."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert "MappingProxyType" not in (getattr(node, "id", ""), getattr(node, "attr", ""))
+        if isinstance(node, ast.Compare):
+            assert ".__class__" not in ast.unparse(node), ast.unparse(node)
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)

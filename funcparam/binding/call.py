@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
 from threading import RLock
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias, cast, final
 
 import torch
@@ -24,8 +23,6 @@ from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.tree import flatten
 from funcparam.transforms.contract.base import AnyTransform, State
 from funcparam.transforms.contract.signature import describe
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 _checkpoint = cast("Any", checkpoint.checkpoint)  # pyright: ignore[reportUnknownMemberType]
 
@@ -72,7 +69,7 @@ class ParametrizedCall:
     def __call__(
         self,
         raw: RawTree,
-        state: StateTree = _NOTHING,
+        state: StateTree | None = None,
         args: Any = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
@@ -93,8 +90,9 @@ class ParametrizedCall:
         """
         positional = cast("tuple[Any, ...]", args) if isinstance(args, tuple) else (args,)
         bound = {} if buffers is None else buffers
+        own: StateTree = {} if state is None else state
         with self.turn():
-            return self.apply(self.values(raw, state), positional, kwargs or {}, bound)
+            return self.apply(self.values(raw, own), positional, kwargs or {}, bound)
 
     def __reduce__(self) -> Any:
         make = partial(ParametrizedCall, recompute=self._recompute)
@@ -158,7 +156,7 @@ class ParametrizedCall:
     def _as_compilers_do(self, others: dict[str, Tensor], raw: RawTree, state: StateTree) -> Values:
         """All values. A compiler chooses what backward gets; of a checkpoint's inside, nothing."""
         for name, transform in self._transforms.items():
-            own = raw[name], state.get(name, _NOTHING)
+            own = raw[name], state.get(name, {})
             others[name] = cast(
                 "Tensor",
                 _checkpoint(transform.forward, *own, use_reentrant=False, preserve_rng_state=False),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,6 @@ from funcparam.transforms.contract.base import AnyTransform, Raw, State
 
 Join = Callable[[Sequence[Tensor]], tuple[Raw, State]]
 """From one list of tensors back to raw and state."""
-
-_NOTHING: State = MappingProxyType({})
 
 
 class Spans(NamedTuple):
@@ -53,7 +50,7 @@ class Reading:
         self._transforms = transforms
         self._raw = raw
         self._state = state
-        firsts = (_first(raw[name], state.get(name, _NOTHING)) for name in transforms)
+        firsts = (_first(raw[name], state.get(name, {})) for name in transforms)
         self._modes = Modes({tensor.device.type for tensor in firsts})
         self._recomputed = Recomputed(spans.backward) if self._modes.grad else None
         self._recent: Recent[_Made] = Recent(spans.forward, _is_untouched)
@@ -74,7 +71,7 @@ class Reading:
 
     def _make(self, name: str, owner: nn.Module) -> _Made:
         transform, raw = self._transforms[name], self._raw[name]
-        state = self._state.get(name, _NOTHING)
+        state = self._state.get(name, {})
         if self._recomputed is not None and is_plain_eager():
             sources, join = _split(raw, state)
             compute = partial(_compute, transform, join, self._modes)

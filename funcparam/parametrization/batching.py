@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from types import MappingProxyType
 from typing import Any, TypeAlias, cast, final
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor, nn
 
 from funcparam.parametrization.boundary import Entry, RawTree, StateTree
 from funcparam.transforms.contract.base import AnyTransform, Raw, State, Transform
-
-_NOTHING: State = MappingProxyType({})
 
 Stack: TypeAlias = "tuple[Any, State]"
 """Raw and state of a group, each tensor with the leaves along dimension 0."""
@@ -103,7 +100,7 @@ class Plan:
             found, _ = _evaluate(transform, names, raw, state)
             values.update(zip(names, found, strict=True))
         for transform, name in single:
-            values[name] = transform.forward(raw[name], state.get(name, _NOTHING))
+            values[name] = transform.forward(raw[name], state.get(name, {}))
         return values
 
     def advance(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Tensor], dict[str, State]]:
@@ -116,7 +113,7 @@ class Plan:
             values.update(zip(names, found, strict=True))
             new.update((n, s) for n, s in zip(names, own, strict=True) if n in state)
         for transform, name in single:
-            own = state.get(name, _NOTHING)
+            own = state.get(name, {})
             if name in state and _evolves(transform):
                 with torch.no_grad():
                     new[name] = own = transform.update(raw[name], own)
@@ -184,7 +181,7 @@ def _gathered(
     names: Sequence[str], raw: RawTree, state: StateTree
 ) -> tuple[Sequence[Raw], Sequence[State], Stack | None]:
     """Raw and state of a group, one by one and, unless they are of several kinds, as a stack."""
-    raws, states = [raw[name] for name in names], [state.get(name, _NOTHING) for name in names]
+    raws, states = [raw[name] for name in names], [state.get(name, {}) for name in names]
     whole, own = _stack(raws), _stack(states)
     return raws, states, None if whole is None or own is None else (whole, own)
 

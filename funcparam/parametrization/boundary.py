@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -25,7 +24,7 @@ StateTree: TypeAlias = Mapping[str, State]
 
 T = TypeVar("T")
 
-_DICTS = (dict, MappingProxyType)
+_dict: Any = dict  # without types of keys and values, which a comparison cannot know
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,21 @@ class Expected:
         False where something is unusual, such as a mapping that is no dict; that may still be
         right. A microsecond is a tenth of the quickest map, so nothing here is called in vain.
         """
-        if raw.__class__ is not dict or list(raw) != self._names:
+        if type(raw) is not _dict or list(raw) != self._names:
             return False
-        if state.__class__ not in _DICTS or len(state) != len(self._state):
+        if type(state) is not _dict or len(state) != len(self._state):
             return False
         tensors: list[Any] = []
         for own, keys in zip(raw.values(), self._keys, strict=True):
             if keys is None:
                 tensors.append(own)
-            elif own.__class__ is dict and list(own) == keys:
+            elif type(own) is _dict and list(own) == keys:
                 tensors += own.values()
             else:
                 return False
         for name, keys in self._state:
             own = state.get(name)
-            if own.__class__ is not dict or list(own) != keys:
+            if type(own) is not _dict or list(own) != keys:
                 return False
             tensors += own.values()
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final
 
 import torch
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from funcparam.parametrization.nested import Structure
 
 Params = TypeVar("Params")
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @final
@@ -109,7 +106,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     # Raw to value
 
-    def __call__(self, raw: RawTree, state: StateTree = _NOTHING) -> Params:
+    def __call__(self, raw: RawTree, state: StateTree | None = None) -> Params:
         """Map raw and state to the parameters.
 
         Args:
@@ -120,10 +117,12 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             TypeError, ValueError: a name is unknown or missing, or a shape, dtype or structure is
                 not what `init` returns. Nothing was computed.
         """
-        self._check(raw, state)
+        state = self._check(raw, state)
         return self._build(explained(self.entries, self._plan.evaluate, raw, state))
 
-    def advance(self, raw: RawTree, state: StateTree = _NOTHING) -> tuple[Params, dict[str, State]]:
+    def advance(
+        self, raw: RawTree, state: StateTree | None = None
+    ) -> tuple[Params, dict[str, State]]:
         """Take the step of [`update`][..update], and map raw to the parameters with the new state.
 
         What a training step does, for less than the two calls cost: raw is looked at once. The
@@ -136,7 +135,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             >>> raw, state = p.init({"W": torch.eye(2)})
             >>> params, state = p.advance(raw, state)
         """
-        self._check(raw, state)
+        state = self._check(raw, state)
         values, new = explained(self.entries, self._plan.advance, raw, state)
         return self._build(values), new
 
@@ -146,7 +145,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         Power iteration, for one. Call it once a training step. What does not evolve is the
         same tensor in the result.
         """
-        self._check(raw, state)
+        state = self._check(raw, state)
         return explained(self.entries, self._plan.update, raw, state)
 
     def rebase(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Raw], dict[str, State]]:
@@ -155,26 +154,26 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         An optimizer's momentum belongs to the old raw: set it to zero. Source: dynamic
         trivializations, Lezcano-Casado, arXiv 1909.09501.
         """
-        self._check(raw, state)
+        state = self._check(raw, state)
         new_raw, new_state = dict(raw), dict(state)
         for name, transform in self._transforms.items():
-            own = state.get(name, _NOTHING)
+            own = state.get(name, {})
             new_raw[name], own = transform.rebase(raw[name], own)
             if own:
                 new_state[name] = own
         return new_raw, new_state
 
-    def log_abs_det_jacobian(self, raw: RawTree, state: StateTree = _NOTHING) -> Tensor:
+    def log_abs_det_jacobian(self, raw: RawTree, state: StateTree | None = None) -> Tensor:
         """Sum log |det d value / d raw| over all transforms; what passes through adds 0.
 
         Raises:
             NotImplementedError: a transform has no such determinant; its name is said.
         """
-        self._check(raw, state)
+        state = self._check(raw, state)
         total: Any = torch.zeros(())
         for name, transform in self._transforms.items():
             try:
-                own = transform.log_abs_det_jacobian(raw[name], state.get(name, _NOTHING))
+                own = transform.log_abs_det_jacobian(raw[name], state.get(name, {}))
             except NotImplementedError as error:
                 raise NotImplementedError(f"{name!r}: {error}") from error
             total = total + own
@@ -236,16 +235,16 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     # Looking
 
-    def violation(self, params: Any, state: StateTree = _NOTHING) -> dict[str, Tensor]:
+    def violation(self, params: Any, state: StateTree | None = None) -> dict[str, Tensor]:
         """Measure how far each parametrized value is from its constraint; 0 is on it.
 
         Args:
             params: a module, or parameters as `p` returns them.
             state: needed where it is part of the constraint (a mask, a frozen base).
         """
-        return self._violations(self._values(params), state)
+        return self._violations(self._values(params), {} if state is None else state)
 
-    def summary(self, raw: RawTree, state: StateTree = _NOTHING) -> Table:
+    def summary(self, raw: RawTree, state: StateTree | None = None) -> Table:
         """Describe raw and state as a table, and say how far each value is from its constraint.
 
         For each transform the shapes of raw, how many numbers are trained, how many there are with
@@ -268,10 +267,11 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             everything else                                2      2
             total                                          4      7
         """
+        state = self._check(raw, state)
         values = self._chosen_values(raw, state)
         return summary(self.entries, raw, state, self._violations(values, state))
 
-    def plot(self, raw: RawTree, state: StateTree = _NOTHING) -> Figure:
+    def plot(self, raw: RawTree, state: StateTree | None = None) -> Figure:
         """Draw how far each value is from its constraint, and the singular values of each matrix.
 
         Singular values are sorted, and those of all matrices of a batch are one line. A value with
@@ -289,6 +289,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         """
         from funcparam.parametrization.plot import plot
 
+        state = self._check(raw, state)
         values = self._chosen_values(raw, state)
         trained = {e.name: self[e.name] for e in self.entries if e.name in self and e.signature.raw}
         return plot(trained, values, self._violations(values, state))
@@ -305,16 +306,15 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     def _chosen_values(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
         """The values that have a transform."""
-        self._check(raw, state)
         return {
-            name: transform.forward(raw[name], state.get(name, _NOTHING))
+            name: transform.forward(raw[name], state.get(name, {}))
             for name, transform in self._transforms.items()
         }
 
     def _violations(self, values: Mapping[str, Tensor], state: StateTree) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, transform in self._transforms.items():
-            value, own = values[name], state.get(name, _NOTHING)
+            value, own = values[name], state.get(name, {})
             try:
                 with autocast_off(value):
                     found[name] = transform.violation(*widened((value, own)))
@@ -324,13 +324,16 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     # The boundary
 
-    def _check(self, raw: RawTree, state: StateTree) -> None:
+    def _check(self, raw: RawTree, state: StateTree | None) -> StateTree:
+        """Raise unless raw and state are what is expected, and return state: {} if left out."""
+        state = {} if state is None else state
         if not self._expected.fits(raw, state):
             if self._expected.fits(state, raw):
                 raise ValueError("raw, state: expected raw first, p(raw, state); got state first")
             check_raw_tree(self.entries, raw)
             check_state_tree(self.entries, state)
             expect_one_device(self.entries, raw, state)
+        return state
 
     def _values(self, values: Any) -> dict[str, Tensor]:
         """The tensors that p was made for, under their first names."""

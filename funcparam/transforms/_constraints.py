@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -101,23 +100,21 @@ def _interval(constraint: Any) -> AnyTransform:
     return Interval(_bound(constraint, "lower_bound"), _bound(constraint, "upper_bound"))
 
 
-_FACTORIES: Mapping[type, Callable[[Any], AnyTransform]] = MappingProxyType(
-    {
-        type(constraints.real): lambda _: Identity(),
-        constraints.independent: lambda c: from_constraint(c.base_constraint),
-        constraints.greater_than: _greater,
-        constraints.greater_than_eq: _greater,
-        constraints.less_than: lambda c: UpperBound(_bound(c, "upper_bound")),
-        constraints.interval: _interval,
-        constraints.half_open_interval: _interval,
-        type(constraints.simplex): lambda _: Simplex(),
-        type(constraints.lower_triangular): lambda _: Triangular(),
-        type(constraints.lower_cholesky): lambda _: CholeskyFactor(),
-        type(constraints.corr_cholesky): lambda _: CorrelationCholesky(),
-        type(constraints.symmetric): lambda _: Symmetric(),
-        type(constraints.positive_definite): lambda _: PositiveDefinite(),
-        type(constraints.positive_semidefinite): lambda _: PositiveDefinite(),
-        constraints.cat: lambda c: Cat(map(from_constraint, c.cseq), c.lengths, c.dim),
-        constraints.stack: lambda c: Stack(map(from_constraint, c.cseq), c.dim),
-    }
-)
+_FACTORIES: Mapping[type, Callable[[Any], AnyTransform]] = {
+    type(constraints.real): lambda _: Identity(),
+    constraints.independent: lambda c: from_constraint(c.base_constraint),
+    constraints.greater_than: _greater,
+    constraints.greater_than_eq: _greater,
+    constraints.less_than: lambda c: UpperBound(_bound(c, "upper_bound")),
+    constraints.interval: _interval,
+    constraints.half_open_interval: _interval,
+    type(constraints.simplex): lambda _: Simplex(),
+    type(constraints.lower_triangular): lambda _: Triangular(),
+    type(constraints.lower_cholesky): lambda _: CholeskyFactor(),
+    type(constraints.corr_cholesky): lambda _: CorrelationCholesky(),
+    type(constraints.symmetric): lambda _: Symmetric(),
+    type(constraints.positive_definite): lambda _: PositiveDefinite(),
+    type(constraints.positive_semidefinite): lambda _: PositiveDefinite(),
+    constraints.cat: lambda c: Cat(map(from_constraint, c.cseq), c.lengths, c.dim),
+    constraints.stack: lambda c: Stack(map(from_constraint, c.cseq), c.dim),
+}

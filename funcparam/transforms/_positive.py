@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -93,10 +92,8 @@ def _log_of_twice(X: Tensor) -> Tensor:
     return torch.log(2 * X.abs())
 
 
-_MAPS: Mapping[str, _Map] = MappingProxyType(
-    {
-        "softplus": _Map(softplus, inverse_softplus, logsigmoid),
-        "exp": _Map(torch.exp, torch.log, _identity),
-        "square": _Map(torch.square, torch.sqrt, _log_of_twice),
-    }
-)
+_MAPS: Mapping[str, _Map] = {
+    "softplus": _Map(softplus, inverse_softplus, logsigmoid),
+    "exp": _Map(torch.exp, torch.log, _identity),
+    "square": _Map(torch.square, torch.sqrt, _log_of_twice),
+}

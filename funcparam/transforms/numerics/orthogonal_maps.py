@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import reduce
-from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -107,15 +106,13 @@ def _at(base: Tensor | None, frame: Tensor) -> Tensor:
     return frame if base is None else base @ frame
 
 
-FRAMES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {
-        "matrix_exp": _matrix_exp,
-        "cayley": _cayley,
-        "householder": _householder,
-        "qr": _qr,
-        "newton_schulz": _newton_schulz,
-    }
-)
+FRAMES: Mapping[str, Callable[..., Tensor]] = {
+    "matrix_exp": _matrix_exp,
+    "cayley": _cayley,
+    "householder": _householder,
+    "qr": _qr,
+    "newton_schulz": _newton_schulz,
+}
 """Maps from a tall matrix to orthonormal columns, 0 to the identity or to the columns of a base
 that is given as the second argument. Without one, "qr" and "newton_schulz" keep a frame X."""
 
