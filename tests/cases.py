@@ -20,18 +20,22 @@ from funcparam.transforms import (
     OFT,
     Affine,
     AlmostOrthogonal,
+    BlockCirculant,
     BlockDiagonal,
     Cat,
     Chain,
     CholeskyFactor,
     Circulant,
     CorrelationCholesky,
+    Diagonal,
     DoRA,
     DoublyStochastic,
     FakeQuantize,
     FixedRank,
     Frozen,
+    Gain,
     Grassmann,
+    Hadamard,
     Identity,
     Interval,
     Invertible,
@@ -49,16 +53,19 @@ from funcparam.transforms import (
     Permute,
     Positive,
     PositiveDefinite,
+    Product,
     PSDLowRank,
     Reshape,
     Simplex,
     Skew,
+    Sparse,
     SpecialLinear,
     SpecialOrthogonal,
     SpectralNorm,
     StableDiagonal,
     Stack,
     Stiefel,
+    Sum,
     Symmetric,
     Ternary,
     Toeplitz,
@@ -100,6 +107,8 @@ class Case:
     """Picks the free coordinates of a value where they are not those of raw."""
     straight_through: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
     """A map with the documented derivative, where that is not forward's own."""
+    measured: bool = True
+    """Whether there is a violation; where it is not measured it is NaN."""
     name: str = field(default="")
 
     def __str__(self) -> str:
@@ -274,6 +283,22 @@ def _kronecker(p: int, q: int) -> Callable[[Any], Any]:
         return np.kron(s[0] * u[:, 0].reshape(p, q), vh[0].reshape(b, c))
 
     return nearest
+
+
+def _block_circulant(size: int) -> Callable[[Any], Any]:
+    def nearest(m):
+        rows = [np.split(row, m.shape[1] // size, axis=1) for row in np.split(m, len(m) // size)]
+        return np.block([[_circulant(block) for block in row] for row in rows])
+
+    return nearest
+
+
+def _largest_entries(count: int) -> Callable[[Tensor], Tensor]:
+    def apply(x: Tensor) -> Tensor:
+        least = sorted(x.abs().flatten().tolist())[-count]
+        return torch.where(x.abs() >= least, x, 0)
+
+    return apply
 
 
 def _ternary(x: Tensor) -> Tensor:
@@ -522,6 +547,24 @@ CASES = [
         free_of_value=lambda w: w,
     ),
     Case(Interval(-2, 0.5), ANY, lambda x: x.sigmoid() * 2.4 - 1.95, log_det=lambda x: x),
+    Case(
+        Diagonal(),
+        SQUARE,
+        _numpy(lambda m: np.diag(np.diag(m))),
+        _numpy(lambda m: np.diag(np.diag(m))),
+        complex=True,
+        log_det=lambda x: x,
+        free_of_value=lambda w: w.diagonal(dim1=-2, dim2=-1),
+    ),
+    Case(
+        Sparse(4),
+        ((3, 4), (5,), (2, 3, 2, 2)),
+        _largest_entries(3),
+        _largest_entries(4),
+        complex=True,
+        log_det=lambda x: x,
+        free_of_value=lambda w: w[w != 0],
+    ),
     Case(Mask(), ANY, _some_zeros, complex=True, log_det=lambda x: x[_some_zeros(x) != 0]),
     Case(LoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2)), complex=True),
     *(
@@ -535,6 +578,7 @@ CASES = [
             (Toeplitz(), MATRICES, _toeplitz),
             (BlockDiagonal(2), ((4, 4), (6, 2), (2, 4), (3, 2, 4)), _block_diagonal(2)),
             (BlockDiagonal(1), ((1, 1), (2, 3)), _block_diagonal(1)),
+            (BlockCirculant(2), ((4, 6), (2, 2), (3, 4, 2)), _block_circulant(2)),
             (Kronecker((2, 3)), ((4, 6), (2, 6), (4, 3), (2, 6, 6)), _kronecker(2, 3)),
             (Kronecker((1, 1)), ((1, 1), (2, 3)), _kronecker(1, 1)),
             (Monarch(2), ((4, 4), (6, 4), (2, 8), (3, 4, 6)), _monarch(2)),
@@ -593,6 +637,62 @@ CASES = [
         complex=True,
     ),
     Case(DoublyStochastic(), ((4, 4), (2, 3, 3), (1, 1)), _numpy(_sinkhorn)),
+    # adapters and others from parts
+    Case(Sum(Frozen(), Chain(Kronecker((2, 1)), Affine(0.5))), ((4, 4), (2, 3)), complex=True),
+    Case(
+        Sum(Frozen(), Symmetric()),
+        SQUARE[:1],
+        complex=True,
+        log_det=lambda x: x[torch.ones_like(x).triu() == 1],
+    ),
+    Case(
+        Sum(Chain(LowRank(2), Reshape((-1,), (-1, 2, 2))), Frozen()),
+        ((3, 2, 2, 2),),
+        complex=True,
+    ),
+    Case(
+        Product(LowRank(1), Identity(), inner=2),
+        ((4, 4), (3, 5), (2, 4, 3)),
+        _numpy(_low_rank(1)),
+        complex=True,
+    ),
+    Case(
+        Product(Stiefel(), Identity(), Identity(), inner=2),
+        ((4, 3),),
+        _numpy(_low_rank(2)),
+        _numpy(_low_rank(2)),
+        complex=True,
+    ),
+    Case(
+        Product(Frozen(), BlockDiagonal(2), inner="in"),
+        ((3, 4), (2, 3, 2)),
+        complex=True,
+        measured=False,
+    ),
+    Case(Product(Orthogonal(), Frozen(), inner="out"), ((3, 4),), complex=True, measured=False),
+    Case(
+        Hadamard(Frozen(), Chain(LowRank(2), Affine(shift=1.0))),
+        ((3, 4), (5, 3)),
+        complex=True,
+        measured=False,
+    ),
+    Case(
+        Hadamard(LowRank(1), Identity()),
+        ((3, 4),),
+        complex=True,
+        measured=False,
+        name="Hadamard(LowRank(1), Identity())",
+    ),
+    Case(Gain(SpectralNorm()), ((4, 3),), complex=True, measured=False),
+    Case(Gain(UnitNorm(), dim=0), ((3, 4), (1, 1)), complex=True, measured=False),
+    Case(Gain(WeightNorm(), dim=-1), ((2, 3, 2),), measured=False),
+    Case(
+        Sum(PSDLowRank(2), Diagonal()),
+        ((4, 4),),
+        _low_rank_psd(2),
+        complex=True,
+        measured=False,
+    ),
     Case(DoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2))),
     Case(DoRA(rank=1), ((1, 1), (1, 3))),
     Case(VeRA(rank=3), ((4, 4), (5, 3), (3, 2, 2, 2), (1, 1)), complex=True),

@@ -13,14 +13,18 @@ from funcparam.transforms.contract.precision import full_precision
 if TYPE_CHECKING:
     from funcparam.transforms._adapters import IA3, OFT, DoRA, LoHa, VeRA
     from funcparam.transforms._almost_orthogonal import AlmostOrthogonal
+    from funcparam.transforms._block_circulant import BlockCirculant
     from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
     from funcparam.transforms._cat import Cat, Stack
     from funcparam.transforms._chain import Chain
     from funcparam.transforms._cholesky import CholeskyFactor, PositiveDefinite
     from funcparam.transforms._constraints import from_constraint
     from funcparam.transforms._correlation import CorrelationCholesky
+    from funcparam.transforms._diagonal import Diagonal
     from funcparam.transforms._fixed_rank import FixedRank
     from funcparam.transforms._frozen import Frozen
+    from funcparam.transforms._gain import Gain
+    from funcparam.transforms._hadamard import Hadamard
     from funcparam.transforms._identity import Identity
     from funcparam.transforms._invertible import Invertible, SpecialLinear
     from funcparam.transforms._lipschitz import AOL, LInfLipschitz
@@ -34,16 +38,19 @@ if TYPE_CHECKING:
     from funcparam.transforms._orthogonal_conv import OrthogonalConv
     from funcparam.transforms._plumbing import Affine, Permute, Reshape, Transpose
     from funcparam.transforms._positive import Positive
+    from funcparam.transforms._product import Product
     from funcparam.transforms._psd_low_rank import PSDLowRank
     from funcparam.transforms._quantize import FakeQuantize, Ternary
     from funcparam.transforms._simplex import Simplex
     from funcparam.transforms._sinkhorn import DoublyStochastic
+    from funcparam.transforms._sparse import Sparse
     from funcparam.transforms._spectral import SpectralNorm
     from funcparam.transforms._sphere import UnitNorm
     from funcparam.transforms._stable import StableDiagonal
     from funcparam.transforms._standardize import WeightStandardization
     from funcparam.transforms._stiefel import Grassmann, Stiefel
     from funcparam.transforms._structured import BlockDiagonal, Circulant, Kronecker, Toeplitz
+    from funcparam.transforms._sum import Sum
     from funcparam.transforms._symmetric import Skew, Symmetric
     from funcparam.transforms._triangular import Triangular
 
@@ -54,6 +61,7 @@ _FAMILY_OF: Mapping[str, str] = {
     "LoHa": "_adapters",
     "VeRA": "_adapters",
     "AlmostOrthogonal": "_almost_orthogonal",
+    "BlockCirculant": "_block_circulant",
     "Interval": "_bounds",
     "LowerBound": "_bounds",
     "UpperBound": "_bounds",
@@ -64,8 +72,11 @@ _FAMILY_OF: Mapping[str, str] = {
     "PositiveDefinite": "_cholesky",
     "from_constraint": "_constraints",
     "CorrelationCholesky": "_correlation",
+    "Diagonal": "_diagonal",
     "FixedRank": "_fixed_rank",
     "Frozen": "_frozen",
+    "Gain": "_gain",
+    "Hadamard": "_hadamard",
     "Identity": "_identity",
     "Invertible": "_invertible",
     "SpecialLinear": "_invertible",
@@ -86,11 +97,13 @@ _FAMILY_OF: Mapping[str, str] = {
     "Reshape": "_plumbing",
     "Transpose": "_plumbing",
     "Positive": "_positive",
+    "Product": "_product",
     "PSDLowRank": "_psd_low_rank",
     "FakeQuantize": "_quantize",
     "Ternary": "_quantize",
     "Simplex": "_simplex",
     "DoublyStochastic": "_sinkhorn",
+    "Sparse": "_sparse",
     "SpectralNorm": "_spectral",
     "UnitNorm": "_sphere",
     "StableDiagonal": "_stable",
@@ -101,6 +114,7 @@ _FAMILY_OF: Mapping[str, str] = {
     "Circulant": "_structured",
     "Kronecker": "_structured",
     "Toeplitz": "_structured",
+    "Sum": "_sum",
     "Skew": "_symmetric",
     "Symmetric": "_symmetric",
     "Triangular": "_triangular",
@@ -113,18 +127,22 @@ __all__ = [
     "Affine",
     "AlmostOrthogonal",
     "AnyTransform",
+    "BlockCirculant",
     "BlockDiagonal",
     "Cat",
     "Chain",
     "CholeskyFactor",
     "Circulant",
     "CorrelationCholesky",
+    "Diagonal",
     "DoRA",
     "DoublyStochastic",
     "FakeQuantize",
     "FixedRank",
     "Frozen",
+    "Gain",
     "Grassmann",
+    "Hadamard",
     "Identity",
     "Interval",
     "Invertible",
@@ -143,10 +161,12 @@ __all__ = [
     "Permute",
     "Positive",
     "PositiveDefinite",
+    "Product",
     "Raw",
     "Reshape",
     "Simplex",
     "Skew",
+    "Sparse",
     "SpecialLinear",
     "SpecialOrthogonal",
     "SpectralNorm",
@@ -154,6 +174,7 @@ __all__ = [
     "Stack",
     "State",
     "Stiefel",
+    "Sum",
     "Symmetric",
     "Ternary",
     "Toeplitz",

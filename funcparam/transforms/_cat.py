@@ -1,21 +1,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import cast, final
 
 import torch
 from torch import Tensor
 
+from funcparam.transforms._parts import Parts, checked_parts, merged, own_tensors
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument, keep_integers
-from funcparam.transforms.contract.base import AnyTransform, State, Transform, expect_dim
+from funcparam.transforms.contract.base import AnyTransform, State, expect_dim
 
 
-class _Parts(Transform[Mapping[str, Tensor]]):
+class _Pieces(Parts):
     """What `Cat` and `Stack` share: a transform for each piece of a value."""
-
-    parts: tuple[AnyTransform, ...]
 
     @abstractmethod
     def _split(self, value: Tensor) -> Sequence[Tensor]:
@@ -26,7 +25,7 @@ class _Parts(Transform[Mapping[str, Tensor]]):
         """Put a value together again."""
 
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return self._join([part.forward(X, own) for part, X, own in self._each(raw, state)])
+        return self._join([part.forward(X, own) for part, X, own in self.each(raw, state)])
 
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
@@ -35,39 +34,28 @@ class _Parts(Transform[Mapping[str, Tensor]]):
             part.right_inverse(piece.contiguous(), generator=generator)
             for part, piece in zip(self.parts, self._split(value), strict=True)
         ]
-        return _merge([raw for raw, _ in pairs]), _merge([state for _, state in pairs])
-
-    def update(self, raw: Mapping[str, Tensor], state: State) -> State:
-        return _merge([part.update(X, own) for part, X, own in self._each(raw, state)])
-
-    def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
-        pairs = [part.rebase(X, own) for part, X, own in self._each(raw, state)]
-        return _merge([raw for raw, _ in pairs]), _merge([state for _, state in pairs])
+        return merged([raw for raw, _ in pairs]), merged([state for _, state in pairs])
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest violation of a part."""
         pieces = zip(self.parts, self._split(value), strict=True)
-        each = [part.violation(piece, _own(state, i)) for i, (part, piece) in enumerate(pieces)]
+        each = [
+            part.violation(piece, own_tensors(state, i)) for i, (part, piece) in enumerate(pieces)
+        ]
         return torch.stack(each).amax()
 
     def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        each = [part.log_abs_det_jacobian(X, own) for part, X, own in self._each(raw, state)]
+        each = [part.log_abs_det_jacobian(X, own) for part, X, own in self.each(raw, state)]
         return torch.stack(each).sum()
 
     def _check_pieces(self, value: Tensor) -> None:
         for part, piece in zip(self.parts, self._split(value), strict=True):
             part.check(piece)
 
-    def _each(
-        self, raw: Mapping[str, Tensor], state: State
-    ) -> Iterator[tuple[AnyTransform, Any, State]]:
-        for i, part in enumerate(self.parts):
-            yield part, raw[str(i)] if str(i) in raw else _own(raw, i), _own(state, i)
-
 
 @final
 @dataclass(frozen=True, init=False)
-class Cat(_Parts):
+class Cat(_Pieces):
     """Pieces of a value along a dimension, each with a transform of its own.
 
     For weights that hold several matrices (the gates of an LSTM), or bounded and unbounded
@@ -150,7 +138,7 @@ class Cat(_Parts):
 
 @final
 @dataclass(frozen=True, init=False)
-class Stack(_Parts):
+class Stack(_Pieces):
     """Slices of a value along a dimension, each with a transform of its own.
 
     As [`Cat`][funcparam.transforms.Cat], but what a part sees has one dimension less.
@@ -202,25 +190,4 @@ class Stack(_Parts):
 def _checked(kind: str, parts: Iterable[AnyTransform]) -> tuple[AnyTransform, ...]:
     if not isinstance(parts, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"{kind} expects a list of transforms, {kind}([a, b]); got {parts!r}")
-    parts = tuple(parts)
-    if not parts:
-        raise ValueError(f"{kind} expects at least one transform; got none")
-    for part in parts:
-        if not isinstance(part, Transform):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{kind} expects transforms; got {part!r}")
-    return parts
-
-
-def _own(tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
-    prefix = f"{i}."
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-
-
-def _merge(each: Iterable[Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    merged: dict[str, Tensor] = {}
-    for i, tree in enumerate(each):
-        if isinstance(tree, Tensor):
-            merged[str(i)] = tree
-        else:
-            merged.update({f"{i}.{key}": tensor for key, tensor in tree.items()})
-    return merged
+    return checked_parts(kind, parts)

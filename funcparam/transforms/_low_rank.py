@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 from typing import cast, final
 
 import torch
@@ -24,8 +25,8 @@ class LowRank(Transform[Mapping[str, Tensor]]):
     For a value of shape `(..., m, n)` raw is `{"A": (..., rank, n), "B": (..., m, rank)}`. Real
     and complex. A value of at most this rank is kept; any other goes to the nearest one in the
     Frobenius norm, its truncated singular value decomposition `U S V^H`. Both factors take the
-    square root of `S`. Where a singular value is 0, `A` gets a row of ordinary length and `B`
-    zeros: with zeros in both nothing would train.
+    square root of `S`. Where a singular value is 0, `A` gets a row that is drawn from `generator`
+    or torch's default one, and `B` zeros: with zeros in both nothing would train.
 
     Args:
         rank: the inner dimension, positive.
@@ -58,7 +59,7 @@ class LowRank(Transform[Mapping[str, Tensor]]):
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
-        A, B = balanced_factors(value, self.rank)
+        A, B = balanced_factors(value, self.rank, generator)
         return {"A": A, "B": B}, {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
@@ -81,14 +82,21 @@ class LowRank(Transform[Mapping[str, Tensor]]):
             )
 
 
-def balanced_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`A, B` such that `B @ A` is the nearest matrix of `rank`, each with half of its length."""
+def balanced_factors(
+    matrix: Tensor, rank: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """`A, B` such that `B @ A` is the nearest matrix of `rank`, each with half of its length.
+
+    Where that has a lower rank, rows of `A` are drawn, and `B` is 0.
+    """
     U, spectrum, Vh = cast("tuple[Tensor, Tensor, Tensor]", linalg.svd(matrix, full_matrices=False))
-    top, S = spectrum[..., :1], spectrum[..., :rank]
+    top, S, rows = spectrum[..., :1], spectrum[..., :rank], Vh[..., :rank, :]
     noise = max(matrix.shape[-2:]) * torch.finfo(S.dtype).eps * top
+    drawn = torch.randn(rows.shape, generator=generator, dtype=rows.dtype, device=rows.device)
+    rows = torch.where((noise < S).unsqueeze(-1), rows, drawn / sqrt(matrix.shape[-1]))
     length = torch.where(noise < S, S, torch.where(top > 0, top, 1)).sqrt()
-    A = length.unsqueeze(-1) * Vh[..., :rank, :]
-    B = U[..., :rank] * (S / length).unsqueeze(-2)
+    A = length.unsqueeze(-1) * rows
+    B = U[..., :rank] * (torch.where(noise < S, S, 0) / length).unsqueeze(-2)
     return A.contiguous(), B.contiguous()  # singular vectors come by columns
 
 

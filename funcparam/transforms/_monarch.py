@@ -60,7 +60,8 @@ class Monarch(Transform[Mapping[str, Tensor]]):
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
-        right, left = balanced_factors(self._slices(value), 1)  # (j, k, 1, i) and (j, k, l, 1)
+        # (j, k, 1, i) and (j, k, l, 1)
+        right, left = balanced_factors(self._slices(value), 1, generator)
         return {
             "L": left.squeeze(-1).transpose(-2, -1).contiguous(),
             "R": right.squeeze(-2).transpose(-3, -2).contiguous(),

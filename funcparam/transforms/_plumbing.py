@@ -87,15 +87,18 @@ class Reshape(Transform[Tensor]):
     For a transform behind which the shape is not the weight's, as an orthogonal matrix for the
     kernel of a convolution: `Chain(Orthogonal(), Reshape((8, 27), (8, 3, 3, 3)))`. Raw has
     `in_shape` and the value `out_shape`, both behind equal batch dimensions if there are any.
-    Real and complex. Every value is kept exactly; the log-determinant is 0.
+    One side of each may be -1, which is what the others leave: `Reshape((-1,), (-1, 3, 3))` makes
+    kernels of 3 by 3 taps of the rows of a matrix. Real and complex. Every value is kept exactly;
+    the log-determinant is 0.
 
     Args:
         in_shape: the shape of raw.
         out_shape: the shape of the value.
 
     Raises:
-        ValueError: the shapes have different numbers of entries; at `fp.parametrize`, if the
-            value's shape does not end in `out_shape`.
+        ValueError: the shapes have different numbers of entries, or -1 not once in each or in
+            none; at `fp.parametrize`, if the value's shape does not end in `out_shape`, or its
+            entries do not fill `in_shape`.
 
     Example:
         >>> import torch
@@ -115,22 +118,24 @@ class Reshape(Transform[Tensor]):
     def __post_init__(self) -> None:
         keep_integers(self, "in_shape")
         keep_integers(self, "out_shape")
-        sides = (*self.in_shape, *self.out_shape)
-        if min(sides, default=0) < 0 or prod(self.in_shape) != prod(self.out_shape):
+        shapes = (self.in_shape, self.out_shape)
+        known = [prod(side for side in shape if side != -1) for shape in shapes]
+        unknown = [shape.count(-1) for shape in shapes]
+        if min((*self.in_shape, *self.out_shape), default=0) < -1 or not (
+            unknown == [1, 1] or (unknown == [0, 0] and known[0] == known[1])
+        ):
             raise ValueError(
-                "Reshape expects two shapes with equally many entries;"
+                "Reshape expects two shapes with equally many entries, or with one -1 in each;"
                 f" got in_shape={self.in_shape}, out_shape={self.out_shape}"
             )
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        batch = raw.shape[: raw.ndim - len(self.in_shape)]
-        return raw.reshape(batch + self.out_shape)
+        return _reshaped(raw, self.in_shape, self.out_shape)
 
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        batch = value.shape[: value.ndim - len(self.out_shape)]
-        return value.reshape(batch + self.in_shape), {}
+        return _reshaped(value, self.out_shape, self.in_shape), {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Zero: entries are kept as they are."""
@@ -143,11 +148,29 @@ class Reshape(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         start = value.ndim - len(self.out_shape)
-        if start < 0 or value.shape[start:] != self.out_shape:
+        ends = list(value.shape[start:]) if start >= 0 else []
+        if len(ends) != len(self.out_shape) or any(
+            side not in (-1, end) for side, end in zip(self.out_shape, ends, strict=True)
+        ):
             raise ValueError(
                 f"{self!r} expects a shape that ends in {self.out_shape};"
                 f" got shape {tuple(value.shape)}"
             )
+        known = prod(side for side in self.in_shape if side != -1)
+        if known == 0 or prod(ends) % known:
+            raise ValueError(
+                f"{self!r} expects a number of entries that {known} divides;"
+                f" got shape {tuple(value.shape)}"
+            )
+
+
+def _reshaped(tensor: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
+    """`tensor` with its last dimensions, of shape `old`, in the shape `new`."""
+    start = tensor.ndim - len(old)
+    known = torch.Size([side for side in new if side != -1]).numel()
+    entries = tensor.shape[start:].numel()  # torch infers no side of an empty tensor
+    filled = [entries // known if side == -1 else side for side in new]
+    return tensor.reshape((*tensor.shape[:start], *filled))
 
 
 @final

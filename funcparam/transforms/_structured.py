@@ -196,7 +196,7 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
     "B": (..., m / p, n / q)}`. Real and complex. A Kronecker product is kept; any other value
     goes to the nearest one in the Frobenius norm: rearranged to have a row for each block, it is
     of rank 1 where it is a product, so its largest singular value and vectors are what is kept.
-    Zero starts with `A = 0` and a `B` that is not, so that it trains.
+    Zero starts with `A = 0` and a `B` that is drawn, so that it trains.
 
     Args:
         left: the shape of `A`, two positive integers.
@@ -233,7 +233,7 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
-        right, left = balanced_factors(self._rearranged(value), 1)
+        right, left = balanced_factors(self._rearranged(value), 1, generator)
         batch, (m, n), (p, q) = value.shape[:-2], value.shape[-2:], self.left
         return {
             "A": left.reshape(*batch, p, q),

@@ -33,7 +33,8 @@ def test_value_and_constraint(case, shape, dtype):
     value = case.transform.forward(raw, state)
     assert value.dtype == dtype or value.is_complex()  # from real raw: there is no complex half
     value = value.to(exact.dtype)
-    assert case.transform.violation(value, cast(state, torch.float64)) <= BOUNDS[dtype]
+    if case.measured:
+        assert case.transform.violation(value, cast(state, torch.float64)) <= BOUNDS[dtype]
     bound = 40 * torch.finfo(dtype).eps * exact.abs().amax().clamp_min(1)
     assert (value - exact).abs().amax() <= bound
 

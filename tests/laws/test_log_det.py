@@ -20,7 +20,7 @@ def test_against_the_jacobian(case, shape):
     parts = tensors(raw)
     flat = torch.cat([part.flatten() for part in parts])
     numbers = torch.arange(1.0, flat.numel() + 1)
-    chosen = case.log_det(numbers.reshape(raw.shape) if len(parts) == 1 else numbers)
+    chosen = case.log_det(numbers.reshape(parts[0].shape) if len(parts) == 1 else numbers)
     chosen = chosen.flatten().long() - 1
 
     def free(coordinates):

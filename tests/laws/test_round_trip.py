@@ -43,7 +43,7 @@ def test_violation_is_zero_on_every_value_of_forward(case, shape):
         state = case.transform.update(raw, state)
     violation = case.transform.violation(case.transform.forward(raw, state), state)
     assert violation.shape == ()
-    assert violation < 1e-9
+    assert violation < 1e-9 if case.measured else violation.isnan()
 
 
 @every_row

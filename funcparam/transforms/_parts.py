@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from funcparam.transforms.contract.base import AnyTransform, State, Transform
+
+
+class Parts(Transform[Mapping[str, Tensor]]):
+    """What transforms of several parts share: raw and state hold those of the parts by position.
+
+    `"0"` is the raw of the first part if that is one tensor, `"0.magnitude"` a named tensor of it.
+    """
+
+    parts: tuple[AnyTransform, ...]
+
+    def update(self, raw: Mapping[str, Tensor], state: State) -> State:
+        return merged([part.update(X, own) for part, X, own in self.each(raw, state)])
+
+    def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
+        pairs = [part.rebase(X, own) for part, X, own in self.each(raw, state)]
+        return merged([raw for raw, _ in pairs]), merged([state for _, state in pairs])
+
+    def each(
+        self, raw: Mapping[str, Tensor], state: State
+    ) -> Iterator[tuple[AnyTransform, Any, State]]:
+        """Each part with its raw and its state."""
+        for i, part in enumerate(self.parts):
+            yield part, raw[str(i)] if str(i) in raw else own_tensors(raw, i), own_tensors(state, i)
+
+
+def checked_parts(kind: str, parts: Iterable[AnyTransform]) -> tuple[AnyTransform, ...]:
+    """Return the parts as a tuple; raise unless they are transforms, and at least one."""
+    parts = tuple(parts)
+    if not parts:
+        raise ValueError(f"{kind} expects at least one transform; got none")
+    for part in parts:
+        if not isinstance(part, Transform):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{kind} expects transforms; got {part!r}")
+    return parts
+
+
+def own_tensors(tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
+    """The named tensors of the part at a position."""
+    prefix = f"{i}."
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def merged(each: Iterable[Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all parts, under their positions."""
+    found: dict[str, Tensor] = {}
+    for i, tree in enumerate(each):
+        if isinstance(tree, Tensor):
+            found[str(i)] = tree
+        else:
+            found.update({f"{i}.{key}": tensor for key, tensor in tree.items()})
+    return found
