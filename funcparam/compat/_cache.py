@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from funcparam.compat import _private
+from funcparam.compat import _gate, _private
 
 
 class _Entry(NamedTuple):
@@ -66,7 +66,7 @@ def cached() -> Generator[None]:
 
 def evaluate(parametrization: nn.Module) -> Tensor:
     """The value of a `ParametrizationList`: from the cache where one is open and has it."""
-    entries = _SCOPE.entries
+    entries = _gate.entries() if _SCOPE.entries is None else _SCOPE.entries
     if entries is None:
         return cast("Tensor", parametrization())
     if _private.is_jit_tracing():

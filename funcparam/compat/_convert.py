@@ -15,13 +15,16 @@ import funcparam as fp
 from funcparam.compat import _private
 from funcparam.compat._adapter import TransformModule
 from funcparam.compat._legacy import Legacy, Specs
-from funcparam.compat._torch_names import from_torch_names, with_torch_names
+from funcparam.compat._torch_names import from_hook, from_torch_names, with_torch_names
+from funcparam.compat.hooks import remove_spectral_norm, remove_weight_norm
 from funcparam.compat.parametrize import (
     is_parametrized,
     register_parametrization,
     remove_parametrizations,
 )
 from funcparam.transforms import AnyTransform
+
+Hook = WeightNormHook | SpectralNormHook
 
 
 class _Found(NamedTuple):
@@ -33,25 +36,30 @@ class _Found(NamedTuple):
 
 
 def to_functional(
-    module: nn.Module,
+    module: nn.Module, *, native: bool = True
 ) -> tuple[nn.Module, fp.Parametrization[dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
     """Take the parametrizations of a module apart: a plain network, and how to parametrize it.
 
-    `p(raw, state)` are the values that `module` computes in evaluation mode, bit for bit: what
-    funcparam's transforms parametrize becomes these transforms, and any other module, torch's own
-    included, a transform that calls it, with its parameters in raw and its buffers in state.
+    `p(raw, state)` are the values that `module` computes in evaluation mode. What funcparam's
+    transforms parametrize becomes these transforms, and so do torch's own `weight_norm`,
+    `spectral_norm` and `orthogonal`, the older hooks included: values are equal to rounding, and
+    the second derivatives are right. Any other module becomes a transform that calls it, with its
+    parameters in raw and its buffers in state; values are equal bit for bit.
 
     Args:
-        module: a module parametrized by `torch.nn.utils.parametrize` or by
-            `funcparam.compat`, at any depth. It stays as it is.
+        module: a module parametrized by `torch.nn.utils.parametrize`, by `funcparam.compat` or by
+            the hooks `torch.nn.utils.weight_norm` and `spectral_norm`, at any depth. It stays as
+            it is.
+        native: whether torch's own parametrizations become transforms. If not, they are called
+            like any other module: equal bit for bit, the wrong second derivatives of torch's
+            `weight_norm` too. A hook is no module, and becomes a transform in any case.
 
     Returns:
         `(net, p, raw, state)`: a copy of `module` without parametrizations, its parametrization,
         and detached copies of the tensors.
 
     Raises:
-        TypeError: an older hook, `torch.nn.utils.weight_norm` or `spectral_norm`, computes a
-            weight.
+        TypeError: an older hook of `spectral_norm` computes a vector.
 
     Example:
         >>> import torch
@@ -61,8 +69,9 @@ def to_functional(
         >>> type(net), list(p), torch.equal(p(raw, state)["weight"], layer.weight)
         (<class 'torch.nn.modules.linear.Linear'>, ['weight'], True)
     """
-    _expect_no_hooks(module)
-    found = {path: _take(held) for path, held in _lists(module)}
+    found = {path: _take(held, native=native) for path, held in _lists(module)}
+    for path, owner, hook in _hooks(module):
+        found[path] = _Found(*from_hook(hook, owner))
     net = _plain(module)
     p = fp.parametrize(net, {path: item.transform for path, item in found.items()})
     given = {name: t for name, t in _named_tensors(net) if name not in p}
@@ -115,17 +124,12 @@ def to_stateful(
     return module
 
 
-def _expect_no_hooks(module: nn.Module) -> None:
-    for prefix, part in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
-        for hook in vars(part)["_forward_pre_hooks"].values():
-            if isinstance(hook, (WeightNormHook, SpectralNormHook)):
-                path = f"{prefix}." * bool(prefix) + hook.name
-                raise TypeError(
-                    f"{path!r}: to_functional takes parametrize modules only; got an older hook."
-                    " Read the checkpoint with a parametrization of the plain network"
-                    " (WeightNorm(), SpectralNorm()), or remove the hook first"
-                    " (remove_weight_norm, remove_spectral_norm)"
-                )
+def _hooks(module: nn.Module) -> Iterator[tuple[str, nn.Module, Hook]]:
+    """Every older hook below `module`, by the path of the tensor that it computes."""
+    for prefix, owner in cast("Iterator[tuple[str, nn.Module]]", module.named_modules()):
+        for hook in vars(owner)["_forward_pre_hooks"].values():
+            if isinstance(hook, Hook):
+                yield f"{prefix}." * bool(prefix) + hook.name, owner, hook
 
 
 def _lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -136,10 +140,10 @@ def _lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield (f"{prefix}." if prefix else "") + name, held
 
 
-def _take(held: nn.Module) -> _Found:
+def _take(held: nn.Module, *, native: bool) -> _Found:
     parts = list(cast("nn.ModuleList", held))
     raws = _raws(held)
-    if len(parts) == 1 and isinstance(parts[0], TransformModule):
+    if len(parts) == 1 and (native or isinstance(parts[0], TransformModule)):
         direct = from_torch_names(parts[0], raws)
         if direct is not None:
             return _Found(*direct)
@@ -171,7 +175,7 @@ def _specs(tensors: Mapping[str, Tensor]) -> Specs:
 
 def _plain(module: nn.Module) -> nn.Module:
     """A copy without parametrizations, in the same training mode."""
-    net = deepcopy(module)
+    net = deepcopy(module, cast("dict[int, Any]", _memo(module)))
     parts = list(net.modules())
     modes = [part.training for part in parts]
     net.eval()  # so that taking the values does not advance anything
@@ -179,9 +183,20 @@ def _plain(module: nn.Module) -> nn.Module:
         if is_parametrized(part):
             for name in list(cast("nn.ModuleDict", part.parametrizations)):
                 remove_parametrizations(part, name)
+        for hook in list(vars(part)["_forward_pre_hooks"].values()):
+            if isinstance(hook, WeightNormHook):
+                remove_weight_norm(part, hook.name)
+            elif isinstance(hook, SpectralNormHook):
+                remove_spectral_norm(part, hook.name)
     for part, mode in zip(parts, modes, strict=True):
         part.training = mode
     return net
+
+
+def _memo(module: nn.Module) -> dict[int, Tensor]:
+    """For `deepcopy`: what hooks left in the modules has a history, and so no copy of its own."""
+    values = [vars(owner)[hook.name] for _, owner, hook in _hooks(module)]
+    return {id(x): torch.func.debug_unwrap(x).detach().clone() for x in values}
 
 
 class _Given(nn.Module):

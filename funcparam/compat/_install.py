@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.utils.parametrize
 
 from funcparam.compat import hooks, parametrizations, parametrize
 
+_HOOKS = (hooks.WeightNormHook, hooks.SpectralNormHook)
 _ORIGINALS = types.SimpleNamespace(depth=0, pairs=())
 
 
@@ -20,6 +22,10 @@ def install() -> None:
     The names in torch's modules, and wherever torch has imported them, are redirected.
     Modules that torch parametrized before go on working. Calls nest: as many
     [`uninstall`][funcparam.compat.uninstall] undo them.
+
+    Warns:
+        UserWarning: a module outside of torch has imported a function by its name already, and so
+            keeps torch's; the text names such modules.
 
     Example:
         >>> import torch
@@ -32,6 +38,9 @@ def install() -> None:
         _ORIGINALS.pairs = tuple(_pairs())
         for name, old, new in _ORIGINALS.pairs:
             _replace(name, old, new)
+        for hook in _HOOKS:
+            setattr(hook, "__setstate__", hooks.mended)  # noqa: B010
+        _warn_of_earlier_imports()
     _ORIGINALS.depth += 1
 
 
@@ -47,6 +56,8 @@ def uninstall() -> None:
     if _ORIGINALS.depth == 0:
         for name, old, new in _ORIGINALS.pairs:
             _replace(name, new, old)
+        for hook in _HOOKS:
+            delattr(hook, "__setstate__")
         _ORIGINALS.pairs = ()
 
 
@@ -76,3 +87,22 @@ def _replace(name: str, old: Any, new: Any) -> None:
     for path, module in list(sys.modules.items()):
         if path.split(".")[0] == "torch" and getattr(module, "__dict__", {}).get(name) is old:
             setattr(module, name, new)
+
+
+def _warn_of_earlier_imports() -> None:
+    """Name the modules that took a function of torch's before, which no redirection reaches."""
+    names = {id(old): name for name, old, _ in _ORIGINALS.pairs}
+    found: list[str] = []
+    for path, module in list(sys.modules.items()):
+        if path.split(".")[0] in ("torch", "funcparam"):
+            continue
+        own = list(getattr(module, "__dict__", {}).values())
+        if taken := sorted({names[id(item)] for item in own if id(item) in names}):
+            found.append(f"{path} ({', '.join(taken)})")
+    if found:
+        warnings.warn(
+            "funcparam.compat is installed too late for what was imported by its name before, and"
+            f" stays torch's: {'; '.join(sorted(found))}. Install before these modules are"
+            " imported, for example by `python -m funcparam.compat script.py`",
+            stacklevel=2,
+        )

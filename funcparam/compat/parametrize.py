@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from funcparam.compat import _private
 from funcparam.compat._adapter import TransformModule, as_module
 from funcparam.compat._cache import cached
 from funcparam.compat._classes import original_class, parametrized_class
+from funcparam.compat._gate import ShowsTorchsCache
 from funcparam.compat._list import ParametrizationList
 from funcparam.compat._tensors import all_or_nothing, put, register, state_kept
 
@@ -24,6 +26,8 @@ __all__ = [
     "transfer_parametrizations_and_params",
     "type_before_parametrizations",
 ]
+
+sys.modules[__name__].__class__ = ShowsTorchsCache
 
 
 def register_parametrization(

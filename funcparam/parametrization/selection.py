@@ -114,6 +114,8 @@ def _no_transform(selector: Any, got: Any) -> str:
         shown, hint = _show(got), "Call the class"
     elif isinstance(got, Mapping):
         hint = "Join names by dots: '0.weight'"
+    elif isinstance(got, nn.Module):
+        hint = "fp.transform makes one from its forward and right_inverse, as functions"
     return f"rule {_show(selector)}: expected a transform; got {shown}. {hint}"
 
 
@@ -126,6 +128,9 @@ def _nearest(selector: Any, leaves: Sequence[Leaf]) -> str:
         plain = _ORIGINAL.sub(r"\1", name)
         if plain != name and _would_match(selector, plain):
             return f"{plain!r} is parametrized already: see funcparam.compat.to_functional"
+        plain = _hooked(name, names)
+        if plain is not None and _would_match(selector, plain):
+            return f"a hook computes {plain!r}: see funcparam.compat.to_functional"
     if isinstance(selector, str):
         if any(fnmatchcase(name, f"{selector}.*") for name in names):
             return f"'{selector}.*' matches what is in it"
@@ -135,6 +140,15 @@ def _nearest(selector: Any, leaves: Sequence[Leaf]) -> str:
         if _is_regular_expression(selector, names):
             return "rules are globs, not regular expressions: '*.weight'"
     return closest(selector, names)
+
+
+def _hooked(name: str, names: Sequence[str]) -> str | None:
+    """What an older hook of torch computes from the parameter `name` and its companion."""
+    for suffix, companion in (("_g", "_v"), ("_orig", "_u")):
+        plain = name.removesuffix(suffix)
+        if plain != name and plain + companion in names:
+            return plain
+    return None
 
 
 def _would_match(selector: Any, name: str) -> bool:

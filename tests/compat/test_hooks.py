@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -9,12 +11,17 @@ import torch
 from torch import nn
 from torch.autograd import gradgradcheck
 from torch.func import functional_call, hessian, jvp, vmap
+from torch.nn.utils import parametrizations as torch_parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
-from funcparam.compat import hooks, installed
+from funcparam.compat import hooks, installed, parametrizations
+from funcparam.compat.parametrize import register_parametrization
 
 TORCH = {name: getattr(nn.utils, name) for name in ("weight_norm", "spectral_norm")}
+HOOKS = {"weight_norm": WeightNorm, "spectral_norm": SpectralNorm}
 REMOVE = {name: getattr(nn.utils, f"remove_{name}") for name in TORCH}
 LAYERS = {
     "linear": (lambda: nn.Linear(4, 3), (2, 4)),
@@ -101,16 +108,99 @@ def test_a_copied_lstm_computes_with_its_own_weights():
         assert not torch.allclose(twin(x)[0], expected)
 
 
+@pytest.mark.parametrize("functions", [TORCH, OURS], ids=["torch", "ours"])
 @pytest.mark.parametrize("kind", TORCH)
-def test_pickling(kind):
+def test_a_file_is_torchs_and_becomes_ours_where_compat_is_installed(kind, functions):
+    module, x = hooked(functions, kind, "linear"), torch.ones(1, 4, dtype=torch.double)
+    module(x)
+    expected = module.eval()(x)
+    file = pickle.dumps(module)
+    assert b"funcparam" not in file
+    again = pickle.loads(file)
+    assert_close(again(x), expected)
+    (hook,) = again._forward_pre_hooks.values()
+    assert type(hook) is HOOKS[kind]
+    assert again.load_state_dict(module.state_dict())
+    with installed():
+        again = pickle.loads(file)
+    again(x)
+    assert_close(copy.deepcopy(again)(x), expected)
+    REMOVE[kind](again)
+    assert_close(again(x), expected)
+    assert type(next(iter(pickle.loads(file)._forward_pre_hooks.values()))) is HOOKS[kind]
+
+
+@pytest.mark.parametrize("kind", TORCH)
+def test_a_file_loads_in_a_process_without_funcparam(kind, tmp_path):
     module, x = hooked(OURS, kind, "linear"), torch.ones(1, 4, dtype=torch.double)
     module(x)
-    module.eval()
-    again = pickle.loads(pickle.dumps(module))
-    assert torch.equal(again(x), module(x))
-    assert torch.equal(copy.deepcopy(again)(x), module(x))
-    REMOVE[kind](again)
-    assert_close(again(x), module(x))
+    torch.save(module.eval(), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; sys.modules['funcparam'] = None\n"
+        f"m = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "print(m(torch.ones(1, 4, dtype=torch.double)).sum().item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(module(x).sum().item())
+
+
+@pytest.mark.parametrize("kind", TORCH)
+def test_code_that_looks_for_torchs_hooks_finds_them(kind):
+    module, theirs = (hooked(functions, kind, "conv") for functions in (OURS, TORCH))
+    (hook,), (torchs) = module._forward_pre_hooks.values(), HOOKS[kind]
+    assert isinstance(hook, torchs)
+    assert hook.__module__ == torchs.__module__
+    assert (type(hook).__name__, type(hook).__qualname__) == (torchs.__name__, torchs.__qualname__)
+    errors = []
+    for part in (module, theirs):
+        with pytest.raises(AttributeError) as caught:
+            torch.jit.script(part)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+    REMOVE[kind](module)
+    x = torch.ones(1, 4, 8, dtype=torch.double)
+    assert_close(torch.jit.script(module)(x), module(x))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+@pytest.mark.parametrize("library", [torch_parametrizations, parametrizations], ids=["t", "c"])
+def test_checkpoints_of_the_newer_functions_load(kind, options, layer, library):
+    newer = nn.Sequential(hooked(vars(library), kind, layer, **options))
+    older = nn.Sequential(hooked(OURS, kind, layer, **options))
+    with torch.no_grad():
+        for parameter in newer.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    twin = copy.deepcopy(older)
+    for module in (older, twin):
+        module.load_state_dict(newer.state_dict())
+        x = torch.randn(LAYERS[layer][1], dtype=torch.double)
+        assert_close(module.eval()(x), newer.eval()(x))
+        assert "0.weight" not in module.state_dict()
+    for module in (older, twin):  # a plain checkpoint once the hook is gone
+        REMOVE[kind](module[0])
+        plain = nn.Sequential(LAYERS[layer][0]().double())
+        module.load_state_dict(plain.state_dict())
+        assert torch.equal(module(x), plain(x))
+
+
+@pytest.mark.parametrize("library", [torch_parametrizations, parametrizations], ids=["t", "c"])
+@pytest.mark.parametrize("kind", TORCH)
+def test_the_older_removal_takes_off_the_newer_function(kind, library):
+    module, x = hooked(vars(library), kind, "transposed"), torch.randn(2, 4, 8).double()
+    expected = module.eval()(x)
+    with installed():
+        assert getattr(nn.utils, f"remove_{kind}")(module) is module
+    assert type(module) is nn.ConvTranspose1d
+    assert_close(module(x), expected)
+    plain = nn.Linear(3, 3)
+    for layer in (plain, parametrizations.orthogonal(nn.Linear(3, 3))):
+        with pytest.raises(ValueError, match=f"{kind} of 'weight' not found in"):
+            vars(hooks)[f"remove_{kind}"](layer)
+    chain = register_parametrization(library.spectral_norm(plain), "weight", nn.Identity())
+    with pytest.raises(ValueError, match="spectral_norm of 'weight' not found in"):
+        hooks.remove_spectral_norm(chain)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -155,7 +245,12 @@ def test_errors_leave_the_module_as_it_was():
     layer = hooks.weight_norm(nn.Linear(3, 2))
     with pytest.raises(RuntimeError, match="two weight_norm hooks on the same parameter weight"):
         hooks.weight_norm(layer)
+    with pytest.raises(RuntimeError, match="two spectral_norm hooks on the same parameter"):
+        hooks.spectral_norm(hooks.spectral_norm(nn.Linear(3, 2)))
     bare = nn.Linear(3, 2, bias=False)
+    with pytest.raises(KeyError):
+        hooks.spectral_norm(bare, "missing")
+    assert not bare._load_state_dict_pre_hooks
     for name in ("bias", "missing"):
         with pytest.raises(ValueError, match=f"no parameter with name '{name}'"):
             hooks.weight_norm(bare, name)
@@ -172,6 +267,7 @@ def test_installed_code_gets_them_without_a_deprecation():
         from torch.nn.utils import remove_weight_norm, spectral_norm, weight_norm
 
         assert (weight_norm, spectral_norm) == (hooks.weight_norm, hooks.spectral_norm)
+        assert remove_weight_norm is hooks.remove_weight_norm
         layer = weight_norm(nn.Linear(3, 2))
         remove_weight_norm(layer)
     assert {name: getattr(nn.utils, name) for name in TORCH} == TORCH

@@ -1,7 +1,9 @@
 """Putting compat in the place of torch's modules, and taking it out again."""
 
+import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -126,13 +128,53 @@ def test_running_a_module(tmp_path):
         assert path == str(package / file)
 
 
-def test_the_pytest_plugin(tmp_path):
-    test = tmp_path / "test_legacy.py"
-    test.write_text(
+PACKAGE = "from torch.nn.utils.parametrizations import weight_norm as norm\n"
+
+
+def run_pytest(folder, *options):
+    base = ["-q", "-c", "/dev/null", f"--rootdir={folder}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *base, *options, folder]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder, env=environment
+    )
+
+
+def test_the_pytest_plugin_comes_before_conftests(tmp_path):
+    (tmp_path / "package.py").write_text(PACKAGE)
+    (tmp_path / "conftest.py").write_text("import package\n")
+    (tmp_path / "test_legacy.py").write_text(
+        "import package\n"
+        "from torch.nn.utils.parametrize import cached\n"
+        "def test():\n"
+        "    assert cached.__module__ == 'funcparam.compat._cache'\n"
+        "    assert package.norm.__module__ == 'funcparam.compat.parametrizations'\n"
+    )
+    plugin = "funcparam.compat.pytest_plugin"
+    done = run_pytest(tmp_path, "-W", "error", "-p", plugin, "-n", "1")  # a worker's as well
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_plugin_that_a_conftest_names_says_what_it_came_too_late_for(tmp_path):
+    (tmp_path / "package.py").write_text(PACKAGE)
+    conftest = "import package\npytest_plugins = ['funcparam.compat.pytest_plugin']\n"
+    (tmp_path / "conftest.py").write_text(conftest)
+    (tmp_path / "test_legacy.py").write_text(
         "from torch.nn.utils.parametrize import cached\n"
         "def test():\n    assert cached.__module__ == 'funcparam.compat._cache'\n"
     )
-    options = ["-q", "-c", "/dev/null", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, "-p", "funcparam.compat.pytest_plugin"]
-    done = subprocess.run([*command, test], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    done = run_pytest(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "package (weight_norm)" in done.stderr
+
+
+def test_installing_warns_of_what_was_imported_by_name_before(monkeypatch):
+    early = types.ModuleType("early_bird")
+    early.norm = nn.utils.parametrizations.weight_norm
+    early.hook = nn.utils.spectral_norm
+    monkeypatch.setitem(sys.modules, "early_bird", early)
+    with pytest.warns(UserWarning, match=r"early_bird \(spectral_norm, weight_norm\)"):
+        compat.install()
+    with compat.installed():  # it was said
+        pass
+    compat.uninstall()
