@@ -28,6 +28,9 @@ from funcparam.transforms.numerics.orthogonal_maps import (
 # These two do not need a base point to start from a value: raw itself can be the value.
 _PROJECTIONS = ("qr", "newton_schulz")
 
+# Far above rounding, and far below where the steps leave what they do not bring to 1.
+_CONVERGED = 1e-4
+
 
 @final
 @dataclass(frozen=True)
@@ -45,15 +48,17 @@ class Orthogonal(Transform[Tensor]):
     * `"householder"`: the first columns of a product of reflections, one for each column of
       `tril(X, -1) + I`. Real dtypes;
     * `"qr"`: the Q factor of `I + X`, all of `X`, with a positive diagonal of R;
-    * `"newton_schulz"`: the polar factor of `I + X`, in 54 products and no factorisation;
-      orthonormal to rounding where the condition number of `I + X` is below about 1e4.
+    * `"newton_schulz"`: the polar factor of `I + X`, in 36 products and no factorisation;
+      orthonormal to rounding where the condition number of `I + X` is below 1e4, of sides
+      up to 10,000.
 
     With `trivialize` (the default) state `{"base"}` holds an orthogonal matrix `B` of the longer
     side: init writes the value there and starts raw at 0, so every orthogonal value is kept, and
     any other becomes its Q factor. `rebase` moves it. Without it there is no base:
     `"householder"` keeps the value by its reflectors and has state `{"signs"}`; `"qr"` and
     `"newton_schulz"` project raw, which starts at the value, in place of `I + X`; the other two
-    cannot be inverted.
+    cannot be inverted. A value that is singular to rounding is refused by these two, since there is
+    no derivative, and so is one on which `"newton_schulz"` does not converge.
 
     The columns are orthonormal to rounding after any number of steps, weight decay included:
     nothing is accumulated. In float32 that holds for entries of raw up to about 1e3;
@@ -67,7 +72,8 @@ class Orthogonal(Transform[Tensor]):
 
     Raises:
         ValueError: `map` is none of the five; at `fp.parametrize`, if the value has fewer than
-            two dimensions, or is complex with `"householder"`.
+            two dimensions, or is complex with `"householder"`; at init, with `"qr"` or
+            `"newton_schulz"` and no base point, if the value is singular or close to it.
         NotImplementedError: at init, with `"matrix_exp"` or `"cayley"` and no base point.
         torch.linalg.LinAlgError: in `forward`, with `"cayley"`, where `I - A/2` is singular.
 
@@ -81,8 +87,8 @@ class Orthogonal(Transform[Tensor]):
 
     Source: Lezcano-Casado and Martínez-Rubio, arXiv 1901.08428; Lezcano-Casado, Trivializations,
     arXiv 1909.09501 (base points); Helfrich et al., arXiv 1707.09520 (Cayley); Mhammedi et al.,
-    arXiv 1612.00188 (Householder); Björck and Bowie, SIAM J. Numer. Anal. 8 (1971)
-    (Newton-Schulz).
+    arXiv 1612.00188 (Householder); Amsel et al., The Polar Express, arXiv 2505.16932, and Björck
+    and Bowie, SIAM J. Numer. Anal. 8 (1971) (Newton-Schulz).
     """
 
     stacks_up_to: ClassVar[int] = 64 * 64
@@ -115,12 +121,7 @@ class Orthogonal(Transform[Tensor]):
         if self.trivialize:
             return torch.zeros_like(value), {"base": complete_q_factor(tall)}
         if self.map in _PROJECTIONS:
-            expect_all(
-                self,
-                self.violation(self.forward(value, {}), {}) < 0.1,
-                "expects a matrix that is not singular nor close to it, which has no orthogonal"
-                " factor: use trivialize=True, or add noise to the value first",
-            )
+            self._expect_regular(tall.detach())
             return value, {}
         if self.map != "householder":
             raise NotImplementedError(
@@ -156,6 +157,21 @@ class Orthogonal(Transform[Tensor]):
                 f"{self!r} expects a real tensor; got {value.dtype}. Use map='matrix_exp' or"
                 " 'cayley'"
             )
+
+    def _expect_regular(self, tall: Tensor) -> None:
+        """Raise ValueError where the projection has no derivative, or does not converge."""
+        if self.map == "newton_schulz":
+            regular = self.violation(self.forward(tall, {}), {}) < _CONVERGED
+        else:  # Householder's Q is orthonormal whatever it is made from
+            spectrum: Tensor = linalg.svdvals(tall)
+            rounding = tall.shape[-2] * torch.finfo(spectrum.dtype).eps
+            regular = spectrum[..., -1:] > rounding * spectrum[..., :1]
+        expect_all(
+            self,
+            regular,
+            "expects a matrix that is not singular nor close to it, which has no orthogonal"
+            " factor: use trivialize=True, or add noise to the value first",
+        )
 
 
 @final

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import reduce
 from typing import cast
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.polar import polar_factor
 from funcparam.transforms.numerics.skew_exp import skew_exp
 
 
@@ -72,34 +72,13 @@ def _qr(X: Tensor, base: Tensor | None = None) -> Tensor:
 
 
 def _newton_schulz(X: Tensor, base: Tensor | None = None) -> Tensor:
-    """The polar factor of I + X, by a fixed number of Newton-Schulz steps of order five.
-
-    Without a base, that of X.
-    Each step multiplies small singular values by 15/8, so 18 of them reach 1 to rounding for
-    condition numbers to about 1e4. Source: Björck and Bowie, SIAM J. Numer. Anal. 8 (1971).
-    """
-    if X.numel() == 0:  # has no norm
-        return _at(base, X)
-    start = _start(X, base)
-    start = start / _norm_bound(start).clamp_min(torch.finfo(start.dtype).tiny)
-    polar = reduce(lambda Y, _: _towards_polar(Y), range(18), start)
-    return _at(base, polar)
+    """The polar factor of I + X; without a base, that of X."""
+    return _at(base, polar_factor(_start(X, base)))
 
 
 def _start(X: Tensor, base: Tensor | None) -> Tensor:
     # not X - I for X: small weights would round away
     return X if base is None else identity_like(X) + X
-
-
-def _norm_bound(Y: Tensor) -> Tensor:
-    """sqrt(|Y|_1 |Y|_inf), which is at least the spectral norm."""
-    columns, rows = Y.abs().sum(-2).amax(-1), Y.abs().sum(-1).amax(-1)
-    return (columns * rows).sqrt()[..., None, None]
-
-
-def _towards_polar(Y: Tensor) -> Tensor:
-    gram = Y.mH @ Y
-    return Y @ (15 * identity_like(gram) - 10 * gram + 3 * gram @ gram) / 8
 
 
 def _at(base: Tensor | None, frame: Tensor) -> Tensor:
