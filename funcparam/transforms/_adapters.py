@@ -28,6 +28,7 @@ from funcparam.transforms.contract.base import (
 )
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.norms import norms
 from funcparam.transforms.numerics.orthogonal_maps import FRAMES
 
 
@@ -82,17 +83,17 @@ class DoRA(Transform[Mapping[str, Tensor]]):
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         base = state["base"]
         delta = (raw["B"] * state["scale"]) @ raw["A"]
-        direction = base.flatten(1) + delta.to(base.dtype)
-        norm = _row_norms(direction)
-        unit = direction / torch.where(norm == 0, 1, norm).unsqueeze(1)
-        return (unit * raw["magnitude"].unsqueeze(1).to(base.dtype)).reshape(base.shape)
+        direction = base.flatten(1) + delta
+        norm = norms(direction, (1,))
+        unit = direction / torch.where(norm == 0, 1, norm)
+        return (unit * raw["magnitude"].unsqueeze(1)).reshape(base.shape)
 
     @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
         factors, state = LoRA(self.rank, self.alpha).right_inverse(value, generator=generator)
-        return {**factors, "magnitude": _row_norms(value.flatten(1))}, state
+        return {**factors, "magnitude": norms(value.flatten(1), (1,)).squeeze(1)}, state
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Zero: what no lengths of the rows can mend is not measured."""
@@ -101,11 +102,6 @@ class DoRA(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
         LoRA(self.rank, self.alpha).check(value)
-
-
-def _row_norms(matrix: Tensor) -> Tensor:
-    norms: Tensor = linalg.vector_norm(matrix, dim=1)
-    return norms
 
 
 @final
@@ -146,7 +142,7 @@ class IA3(Transform[Mapping[str, Tensor]]):
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         base = state["base"]
-        scaled = base.movedim(self.dim, -1) * raw["factor"].to(base.dtype)
+        scaled = base.movedim(self.dim, -1) * raw["factor"]
         return scaled.movedim(-1, self.dim)
 
     def right_inverse(
@@ -213,7 +209,7 @@ class VeRA(Transform[Mapping[str, Tensor]]):
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         base = state["base"]
         delta = raw["b"].unsqueeze(1) * ((state["B"] * raw["d"]) @ state["A"])
-        return base + delta.reshape(base.shape).to(base.dtype)
+        return base + delta.reshape(base.shape)
 
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
@@ -280,7 +276,7 @@ class LoHa(Transform[Mapping[str, Tensor]]):
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         base = state["base"]
         delta = (raw["B1"] @ raw["A1"]) * (raw["B2"] @ raw["A2"]) * state["scale"]
-        return base + delta.reshape(base.shape).to(base.dtype)
+        return base + delta.reshape(base.shape)
 
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
@@ -358,7 +354,7 @@ class OFT(Transform[Tensor]):
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         base = state["base"]
-        turn = FRAMES["cayley"](raw).to(base.dtype)
+        turn = FRAMES["cayley"](raw)
         # The inverse of a large raw is off by its condition. A Newton-Schulz step squares that;
         # it is the identity on orthogonal matrices, and so needs no derivative.
         frame = turn.detach()

@@ -62,8 +62,7 @@ class LoRA(Transform[Mapping[str, Tensor]]):
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         base = state["base"]
         delta = (raw["B"] * state["scale"]) @ raw["A"]
-        # adapters may be trained in a higher precision than the weight is kept in
-        return base + delta.reshape(base.shape).to(base.dtype)
+        return base + delta.reshape(base.shape)
 
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.cases import every_row, raw_and_state, rebuild, tensors, value_of
+from tests.cases import every_case, every_row, raw_and_state, rebuild, tensors, value_of
 
 # what one rounding of each entry of an orthogonal matrix may do to W^T W, and to the rest less
 BOUNDS = {
@@ -73,9 +73,8 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(case, shape, dty
         return
     low = [cast(tree, dtype) for tree in raw_and_state(case, shape)]
     wide = [cast(tree, torch.float32) for tree in low]
-    # a chain rounds what goes from part to part, and weight norm is a kernel that rounds once more
-    twice = any(word in str(case) for word in ("Chain", "WeightNorm"))
-    eps = 4 * torch.finfo(dtype).eps if twice else 0
+    # a chain rounds what goes from part to part
+    eps = 4 * torch.finfo(dtype).eps if "Chain" in str(case) else 0
     computed = [case.transform.forward, case.transform.update]
     if not case.transform.is_adapter and "LoRA" not in str(case):  # factors are drawn in the dtype
         computed.append(inverse(case, value))
@@ -99,6 +98,34 @@ def test_state_keeps_its_precision_beside_raw_in_half(case, shape):
     for new in (base, case.transform.update(low, state)):
         assert {key: tensor.dtype for key, tensor in new.items()} == dtypes
     assert [t.dtype for t in tensors(moved)] == [t.dtype for t in tensors(low)]
+
+
+MIXED = [
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float32),
+    (torch.float32, torch.float64),
+]
+
+
+@every_case
+def test_several_precisions_are_computed_in_the_widest_and_rounded_once(case, shape):
+    """An adapter keeps the dtype of the weight, which is in state; others have that of raw."""
+    given, held = raw_and_state(case, shape)
+    floats = {t.is_floating_point() for t in tensors(held)}
+    if True not in floats or not tensors(given):
+        return
+    for of_raw, of_state in MIXED:
+        raw, state = cast(given, of_raw), cast(held, of_state)
+        wide = torch.promote_types(of_raw, of_state)
+        value = case.transform.forward(raw, state)
+        expected = case.transform.forward(cast(raw, wide), cast(state, wide))
+        composed = str(case).startswith(("Chain", "Cat", "Stack"))  # parts have their own dtypes
+        if not composed:
+            assert value.dtype == (of_state if case.transform.is_adapter else of_raw)
+        eps = 4 * max(torch.finfo(t).eps for t in (of_raw, of_state)) * composed
+        torch.testing.assert_close(value, expected.to(value.dtype), rtol=eps, atol=eps)
 
 
 def inverse(case, value):

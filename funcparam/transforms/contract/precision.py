@@ -10,15 +10,28 @@ from torch import Tensor
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+_NOTHING: Mapping[str, Tensor] = {}
+
 _LOW = (torch.bfloat16, torch.float16)
+
+_REAL = {
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.complex64: torch.float32,
+    torch.complex128: torch.float64,
+}
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 def full_precision(method: Method) -> Method:
-    """Run a transform's method with autocast off and half-precision tensors in float32.
+    """Run a transform's method with autocast off, in the widest precision of its tensors.
 
-    LU, QR and the exponential do not exist in half precision on all devices, and lose the
-    constraint where they do. State, and raw that is moved, come back in the dtypes that they had,
-    anything else in that of the first argument, raw or a value.
+    It is float32 at least: LU, QR and the exponential do not exist in half precision on all
+    devices, and lose the constraint where they do. State, and raw that is moved, come back in the
+    dtypes that they had. Anything else does in that of the first argument, raw or a value; the
+    value of an adapter in that of the weight, state `"base"`.
 
     Example:
         >>> import torch
@@ -36,18 +49,19 @@ def full_precision(method: Method) -> Method:
         if not isinstance(first, Tensor) and len(first) == 0:
             return method(self, first, *rest, **kwargs)
         tensor = first if isinstance(first, Tensor) else next(iter(first.values()))
-        low = tensor.dtype
         if _autocast_is_on(tensor):
             with autocast_off(tensor):
                 return run(self, first, *rest, **kwargs)
-        if low not in _LOW:
+        state = rest[0] if rest else kwargs.get("state", _NOTHING)
+        wide = _precision(tensor, first, state)
+        if wide is None:
             return method(self, first, *rest, **kwargs)
-        out = method(self, *widened((first, *rest)), **widened(kwargs))
-        state = rest[0] if rest else kwargs.get("state")
+        out = method(self, *_at((first, *rest), wide), **_at(kwargs, wide))
         if isinstance(out, tuple):
             raw, own = cast("tuple[Any, Any]", out)
-            return _narrowed(raw, first, low), _narrowed(own, state, low)
-        return _narrowed(out, state, low)
+            return _narrowed(raw, first, tensor.dtype), _narrowed(own, state, tensor.dtype)
+        adapts = getattr(self, "is_adapter", False) and "base" in state
+        return _narrowed(out, state, state["base"].dtype if adapts else tensor.dtype)
 
     return cast("Method", run)
 
@@ -61,31 +75,61 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def widened(tree: Any) -> Any:
     """The tree with half-precision tensors in float32."""
-    for dtype in _LOW:
-        tree = _cast(tree, dtype, torch.float32)
-    return tree
+    if isinstance(tree, Tensor):
+        return tree.float() if tree.dtype in _LOW else tree
+    return _mapped(widened, tree)
 
 
-def _narrowed(tree: Any, old: Any, low: torch.dtype) -> Any:
-    """The tree in the dtypes that its tensors had in `old`, and what is new in the low one."""
+def _precision(tensor: Tensor, raw: Any, state: Any) -> torch.dtype | None:
+    """What to compute in, unless all tensors are in it already, as the first of raw is."""
+    first = tensor.dtype
+    if first not in _LOW and (raw is tensor or _are_all(first, raw)) and _are_all(first, state):
+        return None
+    both = [*_tensors(raw), *_tensors(state)]
+    found = {_REAL[each.dtype] for each in both if each.dtype in _REAL}
+    if len(found) < 2 and found.isdisjoint(_LOW):
+        return None
+    return torch.float64 if torch.float64 in found else torch.float32
+
+
+def _are_all(dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> bool:
+    for tensor in tensors.values():  # noqa: SIM110 - a generator takes three times as long
+        if tensor.dtype != dtype:
+            return False
+    return True
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [tree] if isinstance(tree, Tensor) else list(tree.values())
+
+
+def _at(tree: Any, real: torch.dtype) -> Any:
+    """The tree with real tensors of this dtype, and complex ones of the one with such parts."""
+    if isinstance(tree, Tensor):
+        if tree.is_floating_point():
+            return tree.to(real)
+        return tree.to(_COMPLEX.get(real, tree.dtype)) if tree.is_complex() else tree
+    return _mapped(lambda item: _at(item, real), tree)
+
+
+def _narrowed(tree: Any, old: Any, new: torch.dtype) -> Any:
+    """The tree in the dtypes that its tensors had in `old`, and others in that of `new`."""
     if isinstance(tree, Mapping):
         olds = cast("Mapping[str, Any]", old if isinstance(old, Mapping) else {})
         items = cast("Mapping[str, Any]", tree).items()
-        return {key: _narrowed(item, olds.get(key), low) for key, item in items}
-    return _cast(tree, torch.float32, old.dtype if isinstance(old, Tensor) else low)
+        return {key: _narrowed(item, olds.get(key), new) for key, item in items}
+    return _at(tree, _REAL.get(old.dtype if isinstance(old, Tensor) else new, torch.float32))
+
+
+def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, tuple):
+        return tuple(map(function, cast("tuple[Any, ...]", tree)))
+    if isinstance(tree, Mapping):
+        items = cast("Mapping[str, Any]", tree).items()
+        return {key: function(item) for key, item in items}
+    return tree
 
 
 def _autocast_is_on(tensor: Tensor) -> bool:
     device = "cpu" if tensor.is_cpu else tensor.device.type
     return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def _cast(tree: Any, old: torch.dtype, new: torch.dtype) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(new) if tree.dtype == old else tree
-    if isinstance(tree, tuple):
-        return tuple(_cast(item, old, new) for item in cast("tuple[Any, ...]", tree))
-    if isinstance(tree, Mapping):
-        items = cast("Mapping[str, Any]", tree).items()
-        return {key: _cast(item, old, new) for key, item in items}
-    return tree
