@@ -9,7 +9,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_all, expect_dim, largest
 from funcparam.transforms.contract.precision import full_precision
-from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.norms import norms
 
 
 @final
@@ -49,12 +49,8 @@ class UnitNorm(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        # Squares of large and small entries would overflow and vanish. The map does not see the
-        # scale, so dividing by a constant is exact in every derivative.
-        scale = raw.detach().abs().amax(self.dim, keepdim=True)
-        X = raw / torch.where(scale == 0, 1, scale)
-        norm: Tensor = linalg.vector_norm(X, dim=self.dim, keepdim=True)
-        return X / norm.clamp_min(0.5)  # at least 1, but of a zero vector
+        norm = norms(raw, (self.dim,))
+        return raw / torch.where(norm == 0, 1, norm)
 
     def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
         return self.forward(raw, state) if self.dim < 0 else super().forward_stacked(raw, state)
@@ -71,8 +67,7 @@ class UnitNorm(Transform[Tensor]):
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest ||W| - 1|."""
-        norm: Tensor = linalg.vector_norm(value, dim=self.dim)
-        return largest(norm - 1)
+        return largest(norms(value, (self.dim,)) - 1)
 
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         raise NotImplementedError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import INTEGER, POSITIVE_NUMBER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, largest
 from funcparam.transforms.contract.precision import full_precision
-from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.norms import norms
 from funcparam.transforms.numerics.slices import expect_slices, other_dims
 
 
@@ -88,5 +88,5 @@ class WeightStandardization(Transform[Tensor]):
         return tensor.mean(other_dims(tensor, self.dim), keepdim=True)
 
     def _deviation(self, centred: Tensor) -> Tensor:
-        norm: Tensor = linalg.vector_norm(centred, dim=other_dims(centred, self.dim), keepdim=True)
+        norm = norms(centred, other_dims(centred, self.dim))
         return norm / sqrt(max(centred.numel() // max(norm.numel(), 1), 1))

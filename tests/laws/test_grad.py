@@ -1,10 +1,11 @@
 """Law 4: first and second derivatives against finite differences, in float64."""
 
+import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacfwd, jacrev, vmap
 
-from tests.cases import every_row, forward_of, raw_and_state, rebuild, tensors
+from tests.cases import every_case, every_row, forward_of, raw_and_state, rebuild, tensors
 
 
 @every_row
@@ -61,3 +62,51 @@ def test_vmap_of_grad(case, shape):
     each = [grad(loss)(*pair) for pair in pairs]
     for batched, loop in zip(tensors(many), zip(*map(tensors, each), strict=True), strict=True):
         torch.testing.assert_close(batched, torch.stack(loop), rtol=1e-9, atol=1e-11)
+
+
+def _identity(shape):
+    return torch.eye(shape[0], max(torch.Size(shape[1:]).numel(), 1)).reshape(shape)
+
+
+def _with_first(shape, number):
+    value = torch.randn(shape)
+    value[:1] = number
+    return value
+
+
+SPECIAL = {
+    "zeros": torch.zeros,
+    "ones": torch.ones,
+    "identity": _identity,
+    "a zero row": lambda shape: _with_first(shape, 0),
+    "a constant row": lambda shape: _with_first(shape, 1),
+    "no columns apart": lambda shape: torch.randn((*shape[:-1], 1)).expand(shape).contiguous(),
+}
+
+
+@every_case
+@pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL)
+def test_first_and_second_derivatives_are_finite(case, shape, special):
+    """At points that people start from. One without derivatives is refused."""
+    value = special(shape).double()
+    try:
+        case.transform.check(value)
+    except ValueError:
+        value = value.to(torch.complex128)
+    try:
+        raw, state = case.transform.right_inverse(value)
+    except ValueError:
+        return
+    inputs = [t.detach().requires_grad_() for t in tensors(raw)]
+    if not inputs:
+        return
+    out = forward_of(case, raw, state)(*inputs)
+    assert out.isfinite().all()
+    weights = torch.randn(out.shape, dtype=out.dtype)
+    loss = (out * weights).sum().real + (out * out.conj()).sum().real
+    first = torch.autograd.grad(loss, inputs, create_graph=True)
+    assert all(g.isfinite().all() for g in first)
+    along = sum((g * torch.randn_like(g)).sum() for g in first).real
+    if along.requires_grad:
+        second = torch.autograd.grad(along, inputs, allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in second)

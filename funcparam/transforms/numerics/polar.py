@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Each takes the singular values of an interval as near to 1 as an odd polynomial of degree five can;
-# the first has those of [1e-5, 1], the next what the one before leaves, and a thousandth more for
-# rounding. Where the interval begins below a fifth of its end it is the fifth that counts: the best
-# polynomial would take large values to small ones as well, and lose their vectors to rounding. It
-# takes three more steps than that would. tests/transforms/test_polar.py derives them.
+# Each takes the singular values of an interval as near to 1 as an odd polynomial of degree five
+# can; the first has those of [1e-5, 1], the next what the one before leaves, and a thousandth more
+# for rounding. Where the interval begins below a fifth of its end it is the fifth that counts: the
+# best polynomial would take large values to small ones as well, and lose their vectors to rounding.
+# It would spare three steps. tests/transforms/test_polar.py derives them.
 _STEPS = (
     (6.9429277998686665, -14.227217768411716, 9.27354142532827),
     (3.4720076699864317, -1.7794692412666875, 0.2900368112274949),
