@@ -16,6 +16,8 @@ from torch import Tensor
 
 from funcparam.transforms import (
     AOL,
+    BOFT,
+    HRA,
     IA3,
     OFT,
     Affine,
@@ -27,6 +29,7 @@ from funcparam.transforms import (
     CholeskyFactor,
     Circulant,
     CorrelationCholesky,
+    DeLoRA,
     Diagonal,
     DoRA,
     DoublyStochastic,
@@ -55,6 +58,7 @@ from funcparam.transforms import (
     PositiveDefinite,
     Product,
     PSDLowRank,
+    RandLoRA,
     Reshape,
     Simplex,
     Skew,
@@ -567,6 +571,9 @@ CASES = [
     ),
     Case(Mask(), ANY, _some_zeros, complex=True, log_det=lambda x: x[_some_zeros(x) != 0]),
     Case(LoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2)), complex=True),
+    Case(LoRA(2, init="pissa", scale="rslora"), ((4, 3),), complex=True),
+    Case(LoRA(1, 2.0, init="olora"), ((3, 2, 2, 2),), complex=True),
+    Case(LoRA(2, init="gaussian"), ((4, 3),), complex=True),
     *(
         Case(transform, shapes, _numpy(nearest), _numpy(nearest), complex=True)
         for transform, shapes, nearest in (
@@ -695,6 +702,11 @@ CASES = [
     ),
     Case(DoRA(rank=2, alpha=3.0), ((4, 4), (5, 3), (3, 2, 2, 2))),
     Case(DoRA(rank=1), ((1, 1), (1, 3))),
+    Case(DeLoRA(rank=2), ((4, 3), (3, 2, 2, 2)), complex=True),
+    Case(RandLoRA(rank=2, alpha=3.0), ((4, 3), (3, 2, 2, 2)), complex=True),
+    Case(HRA(rank=4), ((4, 3), (3, 2, 2, 2), (1, 1)), complex=True),
+    Case(BOFT(block_size=3), ((2, 3),), complex=True, measured=False),
+    Case(BOFT(block_size=2, factors=3), ((2, 8), (3, 4, 2, 1)), complex=True, measured=False),
     Case(VeRA(rank=3), ((4, 4), (5, 3), (3, 2, 2, 2), (1, 1)), complex=True),
     Case(LoHa(rank=2, alpha=3.0), ((4, 4), (5, 6), (3, 2, 2, 2), (1, 1)), complex=True),
     Case(OFT(blocks=2), ((4, 4), (3, 6), (3, 2, 2, 2)), complex=True),

@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from funcparam.transforms._adapters import IA3, OFT, DoRA, LoHa, VeRA
     from funcparam.transforms._almost_orthogonal import AlmostOrthogonal
     from funcparam.transforms._block_circulant import BlockCirculant
+    from funcparam.transforms._boft import BOFT
     from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
     from funcparam.transforms._cat import Cat, Stack
     from funcparam.transforms._chain import Chain
     from funcparam.transforms._cholesky import CholeskyFactor, PositiveDefinite
     from funcparam.transforms._constraints import from_constraint
     from funcparam.transforms._correlation import CorrelationCholesky
+    from funcparam.transforms._delora import DeLoRA
     from funcparam.transforms._diagonal import Diagonal
     from funcparam.transforms._fixed_rank import FixedRank
     from funcparam.transforms._frozen import Frozen
     from funcparam.transforms._gain import Gain
     from funcparam.transforms._hadamard import Hadamard
+    from funcparam.transforms._hra import HRA
     from funcparam.transforms._identity import Identity
     from funcparam.transforms._invertible import Invertible, SpecialLinear
     from funcparam.transforms._lipschitz import AOL, LInfLipschitz
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._product import Product
     from funcparam.transforms._psd_low_rank import PSDLowRank
     from funcparam.transforms._quantize import FakeQuantize, Ternary
+    from funcparam.transforms._randlora import RandLoRA
     from funcparam.transforms._simplex import Simplex
     from funcparam.transforms._sinkhorn import DoublyStochastic
     from funcparam.transforms._sparse import Sparse
@@ -55,13 +59,14 @@ if TYPE_CHECKING:
     from funcparam.transforms._triangular import Triangular
 
 _FAMILY_OF: Mapping[str, str] = {
-    "IA3": "_adapters",
-    "OFT": "_adapters",
     "DoRA": "_adapters",
+    "IA3": "_adapters",
     "LoHa": "_adapters",
+    "OFT": "_adapters",
     "VeRA": "_adapters",
     "AlmostOrthogonal": "_almost_orthogonal",
     "BlockCirculant": "_block_circulant",
+    "BOFT": "_boft",
     "Interval": "_bounds",
     "LowerBound": "_bounds",
     "UpperBound": "_bounds",
@@ -72,11 +77,13 @@ _FAMILY_OF: Mapping[str, str] = {
     "PositiveDefinite": "_cholesky",
     "from_constraint": "_constraints",
     "CorrelationCholesky": "_correlation",
+    "DeLoRA": "_delora",
     "Diagonal": "_diagonal",
     "FixedRank": "_fixed_rank",
     "Frozen": "_frozen",
     "Gain": "_gain",
     "Hadamard": "_hadamard",
+    "HRA": "_hra",
     "Identity": "_identity",
     "Invertible": "_invertible",
     "SpecialLinear": "_invertible",
@@ -101,6 +108,7 @@ _FAMILY_OF: Mapping[str, str] = {
     "PSDLowRank": "_psd_low_rank",
     "FakeQuantize": "_quantize",
     "Ternary": "_quantize",
+    "RandLoRA": "_randlora",
     "Simplex": "_simplex",
     "DoublyStochastic": "_sinkhorn",
     "Sparse": "_sparse",
@@ -122,6 +130,8 @@ _FAMILY_OF: Mapping[str, str] = {
 
 __all__ = [
     "AOL",
+    "BOFT",
+    "HRA",
     "IA3",
     "OFT",
     "Affine",
@@ -134,6 +144,7 @@ __all__ = [
     "CholeskyFactor",
     "Circulant",
     "CorrelationCholesky",
+    "DeLoRA",
     "Diagonal",
     "DoRA",
     "DoublyStochastic",
@@ -162,6 +173,7 @@ __all__ = [
     "Positive",
     "PositiveDefinite",
     "Product",
+    "RandLoRA",
     "Raw",
     "Reshape",
     "Simplex",

@@ -29,8 +29,8 @@ class Product(Parts):
       The first starts with `U sqrt(S)` of the value's truncated singular value decomposition, those
       between with the identity, and the last with what then is nearest to `sqrt(S) V^H`. A value
       of rank `r` is kept where the last part takes that; any other goes to the nearest one of
-      that rank. Of zero the first factor is 0, and rows of the last are drawn as by
-      [`LowRank`][funcparam.transforms.LowRank], so that it trains.
+      that rank. Of zero the first factor is 0 and the last is drawn, so that it trains; the other
+      way round if the first cannot be 0. Draws come from `generator` or torch's default one.
     * `"in"`: the first part has the shape of the value and takes it, and the others are `(n, n)`
       and start with the identity, which acts on the inputs of the weight;
     * `"out"`: the last part has the shape of the value and takes it, and the others are `(m, m)`.
@@ -103,7 +103,10 @@ class Product(Parts):
         else:
             A, B = balanced_factors(value, self.inner, generator)
             middle = [start(i, _identity(A, -2)) for i in range(1, last)]
-            others = reduce(torch.matmul, middle, start(0, B))
+            # a part that cannot be 0, as an orthonormal one, shall not start with unit vectors
+            drawn = torch.randn(B.shape, generator=generator, dtype=B.dtype, device=B.device)
+            stuck = (B == 0).all(-2, keepdim=True) & (start(0, B) != 0).any(-2, keepdim=True)
+            others = reduce(torch.matmul, middle, start(0, torch.where(stuck, drawn, B)))
             # the factor nearest to A with which the product is nearest to the value
             start(last, A + linalg.pinv(others) @ (value - others @ A))
         ordered = [pairs[i] for i in range(last + 1)]
