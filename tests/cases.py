@@ -275,7 +275,7 @@ def _monarch(blocks: int) -> Callable[[Any], Any]:
     return nearest
 
 
-def _kronecker(p: int, q: int) -> Callable[[Any], Any]:
+def _kronecker(p: int, q: int, right: Callable[[Any], Any] = lambda m: m) -> Callable[[Any], Any]:
     """The nearest Kronecker product, by the best rank 1 of one row for each block."""
 
     def nearest(m):
@@ -284,7 +284,7 @@ def _kronecker(p: int, q: int) -> Callable[[Any], Any]:
             m[i * b : i * b + b, j * c : j * c + c].ravel() for i in range(p) for j in range(q)
         ]
         u, s, vh = scipy.linalg.svd(np.array(blocks), full_matrices=False)
-        return np.kron(s[0] * u[:, 0].reshape(p, q), vh[0].reshape(b, c))
+        return np.kron(s[0] * u[:, 0].reshape(p, q), right(vh[0].reshape(b, c)))
 
     return nearest
 
@@ -587,6 +587,7 @@ CASES = [
             (BlockDiagonal(1), ((1, 1), (2, 3)), _block_diagonal(1)),
             (BlockCirculant(2), ((4, 6), (2, 2), (3, 4, 2)), _block_circulant(2)),
             (Kronecker((2, 3)), ((4, 6), (2, 6), (4, 3), (2, 6, 6)), _kronecker(2, 3)),
+            (Kronecker((2, 2), B=LowRank(1)), ((6, 6),), _kronecker(2, 2, _low_rank(1))),
             (Kronecker((1, 1)), ((1, 1), (2, 3)), _kronecker(1, 1)),
             (Monarch(2), ((4, 4), (6, 4), (2, 8), (3, 4, 6)), _monarch(2)),
             (Monarch(1), ((1, 1), (2, 3)), _monarch(1)),

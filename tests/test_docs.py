@@ -127,7 +127,11 @@ def test_calls_of_transforms_construct(row):
         "dims": (1, 0),
         "in_shape": (4,),
         "out_shape": (2, 2),
-        "parts": [fp.transforms.Identity()],
+        "parts": [fp.transforms.Identity(), fp.transforms.Identity()],
+        "part": fp.transforms.Identity(),
+        "size": 2,
+        "block_size": 2,
+        "entries": 2,
         "forward": torch.exp,
         "constraint": torch.distributions.constraints.positive,
     }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._hra import HRA
     from funcparam.transforms._identity import Identity
     from funcparam.transforms._invertible import Invertible, SpecialLinear
+    from funcparam.transforms._kronecker import Kronecker
     from funcparam.transforms._lipschitz import AOL, LInfLipschitz
     from funcparam.transforms._lora import LoRA
     from funcparam.transforms._low_rank import LowRank
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._stable import StableDiagonal
     from funcparam.transforms._standardize import WeightStandardization
     from funcparam.transforms._stiefel import Grassmann, Stiefel
-    from funcparam.transforms._structured import BlockDiagonal, Circulant, Kronecker, Toeplitz
+    from funcparam.transforms._structured import BlockDiagonal, Circulant, Toeplitz
     from funcparam.transforms._sum import Sum
     from funcparam.transforms._symmetric import Skew, Symmetric
     from funcparam.transforms._triangular import Triangular
@@ -87,6 +88,7 @@ _FAMILY_OF: Mapping[str, str] = {
     "Identity": "_identity",
     "Invertible": "_invertible",
     "SpecialLinear": "_invertible",
+    "Kronecker": "_kronecker",
     "AOL": "_lipschitz",
     "LInfLipschitz": "_lipschitz",
     "LoRA": "_lora",
@@ -120,7 +122,6 @@ _FAMILY_OF: Mapping[str, str] = {
     "Stiefel": "_stiefel",
     "BlockDiagonal": "_structured",
     "Circulant": "_structured",
-    "Kronecker": "_structured",
     "Toeplitz": "_structured",
     "Sum": "_sum",
     "Skew": "_symmetric",

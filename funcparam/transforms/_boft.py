@@ -40,8 +40,9 @@ class BOFT(Transform[Mapping[str, Tensor]]):
         >>> import torch
         >>> from funcparam.transforms import BOFT
         >>> raw, state = BOFT(block_size=2, factors=2).right_inverse(torch.ones(1, 4))
-        >>> BOFT(2, 2).forward({**raw, "R": raw["R"] + 1}, state).norm()
-        tensor(2.)
+        >>> W = BOFT(2, 2).forward({**raw, "R": raw["R"] + 1}, state)
+        >>> torch.allclose(W.norm(), torch.tensor(2.0))
+        True
 
     Source: Liu et al., BOFT, arXiv 2311.06243, equations 3 to 6; peft's `BOFTConfig`.
     """

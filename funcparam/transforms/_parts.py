@@ -28,7 +28,7 @@ class Parts(Transform[Mapping[str, Tensor]]):
     ) -> Iterator[tuple[AnyTransform, Any, State]]:
         """Each part with its raw and its state."""
         for i, part in enumerate(self.parts):
-            yield part, raw[str(i)] if str(i) in raw else own_tensors(raw, i), own_tensors(state, i)
+            yield part, own_raw(raw, str(i)), own_tensors(state, i)
 
 
 def checked_parts(kind: str, parts: Iterable[AnyTransform]) -> tuple[AnyTransform, ...]:
@@ -42,18 +42,28 @@ def checked_parts(kind: str, parts: Iterable[AnyTransform]) -> tuple[AnyTransfor
     return parts
 
 
-def own_tensors(tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
-    """The named tensors of the part at a position."""
-    prefix = f"{i}."
+def own_raw(raw: Mapping[str, Tensor], key: str) -> Any:
+    """The raw of the part under a key: one tensor, or its named ones."""
+    return raw[key] if key in raw else own_tensors(raw, key)
+
+
+def own_tensors(tensors: Mapping[str, Tensor], key: int | str) -> dict[str, Tensor]:
+    """The named tensors of the part under a key."""
+    prefix = f"{key}."
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def merged(each: Iterable[Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of all parts, under their positions."""
+    return named({str(i): tree for i, tree in enumerate(each)})
+
+
+def named(each: Mapping[str, Tensor | Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all parts, under their keys."""
     found: dict[str, Tensor] = {}
-    for i, tree in enumerate(each):
+    for key, tree in each.items():
         if isinstance(tree, Tensor):
-            found[str(i)] = tree
+            found[key] = tree
         else:
-            found.update({f"{i}.{key}": tensor for key, tensor in tree.items()})
+            found.update({f"{key}.{name}": tensor for name, tensor in tree.items()})
     return found

@@ -62,7 +62,7 @@ class Product(Parts):
     parts: tuple[AnyTransform, ...]
     inner: int | Literal["in", "out"]
 
-    def __init__(self, *parts: AnyTransform, inner: int | Literal["in", "out"]) -> None:
+    def __init__(self, *parts: AnyTransform, inner: int | Literal["in", "out"] = "in") -> None:
         object.__setattr__(self, "parts", checked_parts("Product", parts))
         object.__setattr__(self, "inner", inner)
         if len(parts) < 2:

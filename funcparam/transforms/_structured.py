@@ -7,8 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._low_rank import balanced_factors, singular_value
-from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument, keep_integers
+from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms.contract.base import (
     State,
     Transform,
@@ -183,85 +182,3 @@ class BlockDiagonal(Transform[Tensor]):
                 f"{self!r} expects a matrix with both sides divisible by {self.blocks};"
                 f" got shape {tuple(value.shape)}"
             )
-
-
-@final
-@dataclass(frozen=True)
-class Kronecker(Transform[Mapping[str, Tensor]]):
-    r"""Kronecker products of two smaller matrices.
-
-    $$W = A \otimes B$$
-
-    For a value of shape `(..., m, n)` and `left = (p, q)` raw is `{"A": (..., p, q),
-    "B": (..., m / p, n / q)}`. Real and complex. A Kronecker product is kept; any other value
-    goes to the nearest one in the Frobenius norm: rearranged to have a row for each block, it is
-    of rank 1 where it is a product, so its largest singular value and vectors are what is kept.
-    Zero starts with `A = 0` and a `B` that is drawn, so that it trains.
-
-    Args:
-        left: the shape of `A`, two positive integers.
-
-    Raises:
-        ValueError: `left` is not two positive integers; at `fp.parametrize`, if the value has
-            fewer than two dimensions or `left` does not divide its last two.
-
-    Example:
-        >>> import torch
-        >>> from funcparam.transforms import Kronecker
-        >>> raw = {"A": torch.tensor([[1.0, 2.0]]), "B": torch.tensor([[3.0], [4.0]])}
-        >>> Kronecker(left=(1, 2)).forward(raw, {})
-        tensor([[3., 6.],
-                [4., 8.]])
-
-    Source: Van Loan and Pitsianis, Approximation with Kronecker products (1993).
-    """
-
-    left: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        keep_integers(self, "left")
-        if len(self.left) != 2 or min(self.left) <= 0:
-            raise ValueError(f"Kronecker expects left to be two positive sides; got {self.left}")
-
-    @full_precision
-    def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        A, B = raw["A"], raw["B"]
-        product = A[..., :, None, :, None] * B[..., None, :, None, :]
-        return product.flatten(-2).flatten(-3, -2)
-
-    @full_precision
-    def right_inverse(
-        self, value: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Mapping[str, Tensor], State]:
-        right, left = balanced_factors(self._rearranged(value), 1, generator)
-        batch, (m, n), (p, q) = value.shape[:-2], value.shape[-2:], self.left
-        return {
-            "A": left.reshape(*batch, p, q),
-            "B": right.reshape(*batch, m // p, n // q),
-        }, {}
-
-    def violation(self, value: Tensor, state: State) -> Tensor:
-        """Second singular value of the rearranged value."""
-        return singular_value(self._rearranged(value), 1)
-
-    def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        raise NotImplementedError(
-            f"{self!r} has no log_abs_det_jacobian: the factors' scale is not unique, so the"
-            " Jacobian is singular"
-        )
-
-    def check(self, value: Tensor) -> None:
-        super().check(value)
-        expect_matrix(self, value)
-        expect_filled(self, value)
-        if any(side % part for side, part in zip(value.shape[-2:], self.left, strict=True)):
-            raise ValueError(
-                f"{self!r} expects a matrix with sides divisible by {self.left};"
-                f" got shape {tuple(value.shape)}"
-            )
-
-    def _rearranged(self, value: Tensor) -> Tensor:
-        """One row for each block."""
-        (m, n), (p, q) = value.shape[-2:], self.left
-        blocks = value.reshape(*value.shape[:-2], p, m // p, q, n // q).transpose(-3, -2)
-        return blocks.flatten(-2).flatten(-3, -2)

@@ -123,6 +123,18 @@ def test_lokr(make):
     compare(adapter, transform.forward({"1.A": w1, "1.B": w2.flatten(1)}, state))
 
 
+def test_lokr_of_low_rank():
+    layer = nn.Linear(16, 12)
+    W = weight_of(layer)
+    adapter = adapted(layer, LoKrConfig(r=2, alpha=3, target_modules=["0"], decompose_factor=2))
+    w1, a, b = (
+        getattr(adapter, f"lokr_{name}")["default"].detach() for name in ("w1", "w2_a", "w2_b")
+    )
+    transform = RECIPES["lokr"](tuple(w1.shape), 3 / 2, rank=2)
+    _, state = start(transform, W)
+    compare(adapter, transform.forward({"1.A": w1, "1.B.B": a, "1.B.A": b}, state))
+
+
 def test_lora_xs():
     """The paper's R, W_0 + B R A, starts at 0; ours, of which that of W_0 is a part, at I."""
     W = weight_of(linear())
