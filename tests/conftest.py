@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+import tests.effort  # noqa: F401  (registers the profile that an option of pytest may name)
+
 torch.set_num_threads(1)  # small matrices gain nothing from more, and the tests share the cores
 
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, jvp, stack_module_state, vmap
@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import funcparam as fp
 from funcparam.compat import parametrizations
+from tests.effort import examples
 
 
 class Net(nn.Module):
@@ -71,7 +72,7 @@ def outcome(call, net, params, *args, **kwargs):
     return result, params, net.state_dict(), before == after
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(
     names=st.lists(st.sampled_from([*NAMES, *BUFFERS, "unknown", "a.unknown"]), unique=True),
     tied=st.booleans(),

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import funcparam as fp
 from funcparam import checkpoint
 from funcparam.transforms import Mask, SpectralNorm, WeightNorm
+from tests.effort import examples
 from tests.networks import Tied, mixed
 
 FORMATS = pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
@@ -153,7 +154,7 @@ def test_no_other_code_reads_files():
 
 
 @FORMATS
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(st.binary(max_size=40), st.floats(0, 1), st.booleans(), st.integers(0, 40))
 def test_broken_files_are_refused(name, noise, where, cut, more):
     good = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations as torch_parametrizations
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations as torch_parametrizations
 import funcparam as fp
 from funcparam import checkpoint
 from funcparam.transforms import Mask, Orthogonal, Positive, SpectralNorm, WeightNorm
+from tests.effort import examples
 from tests.networks import Tied
 
 ONE = torch.ones(2, 2)
@@ -240,12 +241,7 @@ FUZZED = [None, WeightNorm(), WeightNorm(None), SpectralNorm(), Mask(), Orthogon
 FUZZED += [Orthogonal("householder"), Orthogonal("householder", False)]
 
 
-@settings(
-    max_examples=600,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(600, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.dictionaries(st.sampled_from(KEYS), st.sampled_from(range(len(VALUES))), max_size=7),
     st.sampled_from(FUZZED),

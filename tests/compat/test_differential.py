@@ -6,7 +6,7 @@ What differs on purpose is in the table of docs/compat.md, and is left out by a 
 import copy
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 from tests.compat.parts import BOTH, Centred, Double, Factors, Scaled, Sum, Symmetric
+from tests.effort import examples
 
 PARTS = {
     "centred": Centred,
@@ -218,11 +219,7 @@ class Sides(RuleBasedStateMachine):
             assert_close(ours, theirs, atol=1e-7, rtol=1e-6, equal_nan=True, check_stride=False)
 
 
-Sides.TestCase.settings = settings(
-    max_examples=300,
-    stateful_step_count=12,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    derandomize=True,
+Sides.TestCase.settings = examples(
+    300, stateful_step_count=12, suppress_health_check=list(HealthCheck)
 )
 TestSides = Sides.TestCase

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -36,14 +36,10 @@ from funcparam.transforms import (
     WeightNorm,
 )
 from tests.cases import CASES
+from tests.effort import examples
 from tests.networks import Classifier, Tied, mixed, mlp
 
-fuzz = settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+fuzz = examples(300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 class Pair(NamedTuple):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import funcparam as fp
 from funcparam.transforms import AOL, OrthogonalConv
+from tests.effort import examples
 from tests.transforms.convolutions import operator, orthogonal_kernel
 from tests.transforms.test_properties_constraints import entries
 from tests.transforms.test_training_constraints import close, trained
@@ -299,7 +300,7 @@ def holds(transform, raw, state, dtype, bound):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 2, 3), (2, 2, 2, 2)])
 def test_almost_orthogonal_at_extreme_raw(shape, dtype):
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @examples(40)
     @given(entries(*shape))
     def check(raw):
         holds(AOL(), raw, {}, dtype, 8)
@@ -313,7 +314,7 @@ def test_orthogonal_at_extreme_raw(map, dtype):
     _, state = OrthogonalConv(map).right_inverse(randn(2, 3, 3))
     raws = st.fixed_dictionaries({"matrix": entries(1, 2, 3), "axis0": entries(2, 1, 3, 3)})
 
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @examples(40)
     @given(raws)
     def check(raw):
         if map == "matrix_exp":  # as Orthogonal: up to about 1e3

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import grad
@@ -23,6 +23,7 @@ from funcparam.transforms import (
     UnitNorm,
     UpperBound,
 )
+from tests.effort import examples
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -94,7 +95,7 @@ def holds(transform, raw, roundings, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("transform", "raws", "roundings"), FAMILIES, ids=lambda x: str(x)[:40])
 def test_extreme_raw(transform, raws, roundings, dtype):
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @examples(60)
     @given(raws)
     def check(raw):
         holds(transform, raw, roundings, dtype)
@@ -113,7 +114,7 @@ def test_unit_norm_of_any_length(dtype):
     """Gradients shrink as 1 / |X| and overflow where that does; lengths are right everywhere."""
     smallest = torch.finfo(dtype).smallest_normal
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @examples(60)
     @given(entries(3, 4))
     def check(raw):
         raw = raw.to(dtype)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from funcparam.transforms import (
     AlmostOrthogonal,
@@ -15,6 +15,7 @@ from funcparam.transforms import (
     Unitary,
 )
 from tests.cases import rebuild, tensors
+from tests.effort import examples
 from tests.transforms.test_properties_constraints import entries
 from tests.transforms.test_properties_structured import conditioned, holds, named
 
@@ -44,7 +45,7 @@ def test_extreme_raw(transform, shape, raws, roundings, dtype):
     torch.manual_seed(0)
     _, state = transform.right_inverse(torch.randn(shape, dtype=torch.float64))
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @examples(60)
     @given(raws)
     def check(raw):
         holds(transform, raw, state, roundings, dtype)

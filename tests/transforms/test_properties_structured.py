@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import toeplitz
 from torch import Tensor
@@ -32,6 +32,7 @@ from funcparam.transforms import (
     VeRA,
     WeightStandardization,
 )
+from tests.effort import examples
 from tests.transforms.test_properties_constraints import entries
 
 DTYPES = [torch.float64, torch.float32]
@@ -98,7 +99,7 @@ def test_extreme_raw(transform, shape, raws, roundings, dtype):
     torch.manual_seed(0)
     _, state = transform.right_inverse(torch.randn(shape, dtype=torch.float64).abs())
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @examples(60)
     @given(raws)
     def check(raw):
         holds(transform, raw, state, roundings, dtype)
@@ -108,7 +109,7 @@ def test_extreme_raw(transform, shape, raws, roundings, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_keep_below_the_bound(dtype):
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @examples(60)
     @given(named(weight=(3, 4), bound=()))
     def check(raw):
         value = LInfLipschitz().forward(cast(raw, dtype), {}).double()
@@ -125,7 +126,7 @@ def test_rows_keep_below_the_bound(dtype):
 def test_standardized_where_it_varies(dtype):
     transform = WeightStandardization()
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @examples(60)
     @given(entries(3, 5))
     def check(raw):
         raw = raw.to(dtype)
