@@ -10,7 +10,9 @@ from funcparam.binding.functional_call import FunctionalCall, functional_call
 from funcparam.binding.module import Parametrized
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.parametrize import parametrize
-from funcparam.training.trainable import trainable
+from funcparam.training.groups import Groups, groups
+from funcparam.training.moves import move
+from funcparam.training.named import named, trainable
 from funcparam.transforms import Transform, transform
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FunctionalCall",
+    "Groups",
     "Parametrization",
     "Parametrized",
     "ParametrizedCall",
@@ -28,6 +31,9 @@ __all__ = [
     "compat",
     "fold",
     "functional_call",
+    "groups",
+    "move",
+    "named",
     "parametrize",
     "recompute",
     "trainable",

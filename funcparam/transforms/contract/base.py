@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from funcparam.transforms.contract.roles import Role
+
 Raw: TypeAlias = "Tensor | Mapping[str, Tensor]"
 """What is trained in place of a value: one tensor, or named tensors."""
 
@@ -68,6 +70,14 @@ class Transform(ABC, Generic[R]):
 
     stacks_from: ClassVar[int] = 4
     """Leaves from which on they are: a stack has to be made and taken apart."""
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+    """What each raw tensor is to an optimizer, by its key in raw, which is `""` where raw is one
+    tensor; what is not named is a `"weight"`. [`role`][.role] says it where it depends on more."""
+
+    def role(self, key: str) -> Role:
+        """Say what the raw tensor under `key` is to an optimizer: see [`roles`][..roles]."""
+        return self.roles.get(key, "weight")
 
     @abstractmethod
     def forward(self, raw: R, state: State) -> Tensor:

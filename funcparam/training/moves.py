@@ -1,0 +1,244 @@
+"""Moves: another raw for the same values, in the tensors that an optimizer has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from funcparam.parametrization.boundary import RawTree, StateTree
+from funcparam.parametrization.parametrization import Parametrization
+from funcparam.training.moments import Chart, carried, moments, order
+from funcparam.training.together import Together
+from funcparam.transforms.contract.base import AnyTransform, Raw, State
+
+Moved = tuple[dict[str, Raw], dict[str, State]]
+
+
+def move(
+    p: Parametrization[Any],
+    q: Parametrization[Any],
+    raw: RawTree,
+    state: StateTree,
+    optimizer: Optimizer | None = None,
+) -> Moved:
+    r"""Go on with the same values under other rules, or from another base point.
+
+    Where `p` and `q` have the same transform for a weight, it is rebased (see
+    [`Parametrization.rebase`][funcparam.Parametrization.rebase]) if `q` is `p`, and left alone
+    otherwise. Where they differ, raw and state are the right inverse of the value, as of
+    `q.init(p(raw, state))`: an adapter is merged, a rule added, changed or removed.
+
+    What an optimizer trains stays what it trains: new entries are written into the tensors of
+    `raw` that have the same key and shape, `requires_grad` is kept, and tensors that are new take
+    the place of the old ones in the optimizer's groups. The optimizer's moments come along: means
+    of gradients (Adam, SGD, Lion, Muon) by the Jacobians of the two maps, `m -> J_q^T (J_p^T)^+ m`;
+    means of squares by the square of the factor by which the length of the mean changed, which is
+    exact where the move only scales. Of a weight whose raw changes its shape they begin anew.
+
+    Moving at every step makes any optimizer a Riemannian one, with the map as its retraction:
+    [`rebase`](training.md) says more. Source: Lezcano-Casado, arXiv 1909.09501.
+
+    Args:
+        p: the parametrization of `raw` and `state`.
+        q: the one to go on with: `p` itself to rebase, or `fp.parametrize(net, {**p, name: new})`.
+        raw: as `p.init` returns it. Its tensors are written to.
+        state: likewise; it is read only.
+        optimizer: of PyTorch, or made by [`Groups.optimizer`][funcparam.Groups.optimizer]; None if
+            there is none, or it is made anew.
+
+    Returns:
+        Raw and state of `q`.
+
+    Raises:
+        ValueError: the parametrizations are of different weights; `q` cannot represent a value; the
+            optimizer does not have a tensor of raw, or keeps what nobody can carry over. Nothing
+            was changed.
+
+    Example:
+        >>> import torch, funcparam as fp
+        >>> from funcparam.transforms import Orthogonal
+        >>> net = torch.nn.Linear(3, 3)
+        >>> p = fp.parametrize(net, {"weight": Orthogonal()})
+        >>> raw, state = p.init(net)
+        >>> optimizer = torch.optim.Adam(fp.trainable(raw), lr=0.1)
+        >>> p(raw, state)["weight"].sum().backward()
+        >>> optimizer.step()
+        >>> before = p(raw, state)["weight"]
+        >>> raw, state = fp.move(p, p, raw, state, optimizer)
+        >>> torch.allclose(p(raw, state)["weight"], before, atol=1e-6)
+        True
+    """
+    _expect_same_weights(p, q)
+    new_raw, new_state = _moved(p, q, raw, state)
+    result: dict[str, Raw] = {}
+    writes: list[Callable[[], object]] = []
+    for name, own in new_raw.items():
+        weight = _Weight(name, _flat(raw[name]), _flat(own))
+        result[name] = _unflat(weight.result)
+        if not weight.is_new:
+            continue
+        writes += weight.writes()
+        if optimizer is not None:
+            old_chart = _chart(p.get(name), state.get(name, {}))
+            new_chart = _chart(q.get(name), new_state.get(name, {}))
+            writes += weight.optimizer_writes(optimizer, old_chart, new_chart)
+    with torch.no_grad():
+        for write in writes:
+            write()
+    return result, new_state
+
+
+class _Weight:
+    """The raw of one weight, before and after."""
+
+    def __init__(self, name: str, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+        self.name, self.old, self.new = name, old, new
+        self.is_new = old.keys() != new.keys() or any(new[key] is not old[key] for key in new)
+        trains = any(tensor.requires_grad for tensor in old.values())
+        self.result = {
+            key: old[key] if _alike(tensor, old.get(key)) else _fresh(tensor, trains)
+            for key, tensor in new.items()
+        }
+
+    def writes(self) -> Iterator[Callable[[], object]]:
+        """What brings the tensors that stay to their new entries."""
+        for key, tensor in self.result.items():
+            if tensor is self.old.get(key):
+                yield partial(tensor.copy_, self.new[key].detach().clone())
+
+    def optimizer_writes(
+        self, optimizer: Optimizer, old_chart: Chart, new_chart: Chart
+    ) -> Iterator[Callable[[], object]]:
+        """What brings the optimizer along."""
+        if not any(tensor.requires_grad for tensor in self.old.values()):
+            return
+        group = self._group(optimizer)
+        kept = {key: moments(optimizer, self._path(key), t) for key, t in self.old.items()}
+        if self._stays():
+            yield from self._carried(kept, old_chart, new_chart)
+            return
+        if isinstance(optimizer, Together):
+            raise ValueError(
+                f"{self.name!r}: raw changes its shape, and the optimizer of fp.groups steps views."
+                " Move without it, and make groups and optimizer anew"
+            )
+        for key, tensor in self.old.items():
+            if self.result.get(key) is tensor:
+                yield partial(_begin_anew, optimizer.state.get(tensor, {}))
+        gone = [t for k, t in self.old.items() if self.result.get(k) is not t]
+        come = [t for k, t in self.result.items() if self.old.get(k) is not t]
+        yield partial(_exchange, optimizer, group, gone, come)
+
+    def _stays(self) -> bool:
+        return all(self.result.get(key) is tensor for key, tensor in self.old.items()) and len(
+            self.old
+        ) == len(self.result)
+
+    def _carried(
+        self, kept: Mapping[str, dict[str, list[Tensor]]], old_chart: Chart, new_chart: Chart
+    ) -> Iterator[Callable[[], object]]:
+        x = {key: tensor.detach() for key, tensor in self.old.items()}
+        y = {key: tensor.detach() for key, tensor in self.new.items()}
+        factors = dict.fromkeys(x, 1.0)
+        firsts = sorted({m for own in kept.values() for m in own if order(m) == 1})
+        for moment in firsts:
+            before = {k: _whole(kept[k].get(moment), t) for k, t in x.items()}
+            after = carried(old_chart, x, new_chart, y, before)
+            for key, views in ((k, own[moment]) for k, own in kept.items() if moment in own):
+                length = before[key].norm()
+                factors[key] = (after[key].norm() / length).item() if length > 0 else 1.0
+                parts = after[key].reshape(len(views), *views[0].shape)
+                yield from (partial(v.copy_, part) for v, part in zip(views, parts, strict=True))
+        for key, own in kept.items():
+            for moment, views in own.items():
+                if order(moment) == 2:
+                    yield from (partial(view.mul_, factors[key] ** 2) for view in views)
+
+    def _group(self, optimizer: Optimizer) -> dict[str, Any]:
+        found: dict[int, dict[str, Any]] = {}
+        for group in optimizer.param_groups:
+            found |= {id(tensor): group for tensor in group["params"]}
+        for key, tensor in self.old.items():
+            if id(tensor) not in found:
+                raise ValueError(
+                    f"{self._path(key)!r}: expected an optimizer that has this tensor of raw; it is"
+                    " in none of its groups. Give the optimizer that trains raw"
+                )
+        return found[id(next(iter(self.old.values())))]
+
+    def _path(self, key: str) -> str:
+        return f"{self.name}.{key}" if key else self.name
+
+
+def _moved(
+    p: Parametrization[Any], q: Parametrization[Any], raw: RawTree, state: StateTree
+) -> Moved:
+    if p == q:
+        return p.rebase(raw, state)
+    new_raw, new_state = q.init(p(raw, state))
+    same = [entry.name for entry in p.entries if p.get(entry.name) == q.get(entry.name)]
+    new_raw |= {name: raw[name] for name in same}
+    new_state |= {name: state[name] for name in same if name in state}
+    return new_raw, new_state
+
+
+def _expect_same_weights(p: Parametrization[Any], q: Parametrization[Any]) -> None:
+    ours = {entry.names: entry.signature.value for entry in p.entries}
+    theirs = {entry.names: entry.signature.value for entry in q.entries}
+    for names in [*ours, *theirs]:
+        if ours.get(names) != theirs.get(names):
+            raise ValueError(
+                f"{names[0]!r}: expected parametrizations of the same weights; one has"
+                f" {ours.get(names, 'no such weight')}, the other"
+                f" {theirs.get(names, 'no such weight')}"
+            )
+
+
+def _chart(transform: AnyTransform | None, state: State) -> Chart:
+    def chart(raw: dict[str, Tensor]) -> Tensor:
+        own = _unflat(raw)
+        return raw[""] if transform is None else transform.forward(own, state)
+
+    return chart
+
+
+def _flat(raw: Raw) -> dict[str, Tensor]:
+    return {"": raw} if isinstance(raw, Tensor) else dict(raw)
+
+
+def _unflat(raw: dict[str, Tensor]) -> Raw:
+    return raw[""] if raw.keys() == {""} else raw
+
+
+def _alike(new: Tensor, old: Tensor | None) -> bool:
+    return old is not None and (new.shape, new.dtype) == (old.shape, old.dtype)
+
+
+def _fresh(tensor: Tensor, trains: bool) -> Tensor:  # noqa: FBT001
+    return tensor.detach().clone().requires_grad_(trains)
+
+
+def _whole(views: list[Tensor] | None, like: Tensor) -> Tensor:
+    return torch.stack(views).reshape(like.shape) if views else torch.zeros_like(like)
+
+
+def _begin_anew(own: Any) -> None:
+    for item in own.values():
+        if isinstance(item, Tensor):
+            item.zero_()
+
+
+def _exchange(
+    optimizer: Optimizer, group: dict[str, Any], gone: list[Tensor], come: list[Tensor]
+) -> None:
+    dropped = {id(tensor) for tensor in gone}
+    for other in optimizer.param_groups:
+        other["params"] = [tensor for tensor in other["params"] if id(tensor) not in dropped]
+    for tensor in gone:
+        optimizer.state.pop(tensor, None)
+    group["params"] += come
