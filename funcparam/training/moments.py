@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ def moments(optimizer: Optimizer, name: str, tensor: Tensor) -> dict[str, list[T
                 continue
             if key not in dict(_ORDERS):
                 raise ValueError(
-                    f"{name!r}: expected moments {', '.join(k for k, _ in _ORDERS)}; got {key!r} of"
-                    f" {type(optimizer).__qualname__}, which nobody can carry over. Move without the"
-                    " optimizer, and make it anew"
+                    f"{name!r}: expected moments {', '.join(k for k, _ in _ORDERS)}; got {key!r}"
+                    f" of {type(optimizer).__qualname__}, which nobody can carry over. Move without"
+                    " the optimizer, and make it anew"
                 )
             found.setdefault(key, []).append(item)
     return found
@@ -58,8 +58,8 @@ def carried(
     that comes closest, `m = J_old (J_old^T J_old)^+ m_x`, and returns `J_new^T m`. What of `m_x` no
     gradient at `x` can be is dropped.
     """
-    _, pull = vjp(old, x)
-    _, pull_new = vjp(new, y)
+    pull = cast("Any", vjp(old, x)[1])
+    pull_new = cast("Any", vjp(new, y)[1])
 
     def normal(w: Tensor) -> Tensor:
         return jvp(old, (x,), (pull(w)[0],))[1]

@@ -150,8 +150,7 @@ class _Weight:
             before = {k: _whole(kept[k].get(moment), t) for k, t in x.items()}
             after = carried(old_chart, x, new_chart, y, before)
             for key, views in ((k, own[moment]) for k, own in kept.items() if moment in own):
-                length = before[key].norm()
-                factors[key] = (after[key].norm() / length).item() if length > 0 else 1.0
+                factors[key] = _factor(before[key], after[key])
                 parts = after[key].reshape(len(views), *views[0].shape)
                 yield from (partial(v.copy_, part) for v, part in zip(views, parts, strict=True))
         for key, own in kept.items():
@@ -225,6 +224,12 @@ def _fresh(tensor: Tensor, trains: bool) -> Tensor:  # noqa: FBT001
 
 def _whole(views: list[Tensor] | None, like: Tensor) -> Tensor:
     return torch.stack(views).reshape(like.shape) if views else torch.zeros_like(like)
+
+
+def _factor(before: Tensor, after: Tensor) -> float:
+    """By how much a tensor has become longer; 1 where it has no length."""
+    length = before.square().sum().sqrt().item()
+    return after.square().sum().sqrt().item() / length if length else 1.0
 
 
 def _begin_anew(own: Any) -> None:

@@ -27,6 +27,7 @@ from funcparam.transforms.contract.base import (
     largest,
 )
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.norms import norms
 from funcparam.transforms.numerics.orthogonal_maps import FRAMES
@@ -67,6 +68,8 @@ class DoRA(Transform[Mapping[str, Tensor]]):
 
     Source: Liu et al., DoRA, arXiv 2402.09353, equation 5.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"A": "factor", "B": "factor", "magnitude": "magnitude"}
 
     is_adapter: ClassVar[bool] = True
     stacks_up_to: ClassVar[int] = 64 * 64
@@ -131,6 +134,8 @@ class IA3(Transform[Mapping[str, Tensor]]):
 
     Source: Liu et al., arXiv 2205.05638, section 3.3; peft's `IA3Config`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"factor": "magnitude"}
 
     is_adapter: ClassVar[bool] = True
 
@@ -198,6 +203,8 @@ class VeRA(Transform[Mapping[str, Tensor]]):
     Source: Kopiczko et al., VeRA, arXiv 2310.11454, equation 2.
     """
 
+    roles: ClassVar[Mapping[str, Role]] = {"b": "magnitude", "d": "magnitude"}
+
     is_adapter: ClassVar[bool] = True
 
     rank: int
@@ -262,6 +269,13 @@ class LoHa(Transform[Mapping[str, Tensor]]):
 
     Source: Hyeon-Woo et al., FedPara, arXiv 2108.06098, proposition 1; peft's `LoHaConfig`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {
+        "A1": "factor",
+        "B1": "factor",
+        "A2": "factor",
+        "B2": "factor",
+    }
 
     is_adapter: ClassVar[bool] = True
 
@@ -343,6 +357,8 @@ class OFT(Transform[Tensor]):
     Source: Qiu et al., Controlling text-to-image diffusion by orthogonal finetuning,
     arXiv 2306.07280, section 3.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
 
     is_adapter: ClassVar[bool] = True
 

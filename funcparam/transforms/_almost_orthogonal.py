@@ -10,6 +10,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import POSITIVE_NUMBER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.frames import at_frames, between_frames, svd, with_moved_bases
 from funcparam.transforms.numerics.linalg import linalg
 
@@ -55,6 +56,8 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
 
     Source: geotorch's `AlmostOrthogonal`, whose default map is this one.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"U": "relative", "V": "relative", "S": "coordinates"}
 
     stacks_up_to: ClassVar[int] = 128 * 128
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn.functional import logsigmoid
 from funcparam.transforms.contract.arguments import NUMBER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_range, expect_real, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
@@ -43,6 +45,8 @@ class Interval(Transform[Tensor]):
 
     Source: Stan reference manual, lower and upper bounded scalar.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     low: float
     high: float
@@ -113,6 +117,8 @@ class LowerBound(Transform[Tensor]):
     Source: Stan reference manual, lower bounded scalar, with softplus for the exponential.
     """
 
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
+
     low: float
 
     def __post_init__(self) -> None:
@@ -166,6 +172,8 @@ class UpperBound(Transform[Tensor]):
 
     Source: Stan reference manual, upper bounded scalar, with softplus for the exponential.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     high: float
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms.contract.base import AnyTransform, State, Transform
+from funcparam.transforms.contract.roles import Role
 
 
 @final
@@ -56,6 +57,12 @@ class Chain(Transform[Any]):
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.parts))})"
+
+    def role(self, key: str) -> Role:
+        role = self.parts[0].role(key)
+        for part in self.parts[1:]:
+            role = part.role("") if role == "weight" else role
+        return role
 
     def forward(self, raw: Any, state: State) -> Tensor:
         for part, own in self._each(state):

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
-from typing import cast, final
+from typing import ClassVar, cast, final
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from funcparam.transforms.contract.base import (
     largest,
 )
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
@@ -50,6 +52,8 @@ class CholeskyFactor(Transform[Tensor]):
     Source: Stan reference manual, Cholesky factors of covariance matrices, with softplus for the
     exponential; `torch.distributions.constraints.lower_cholesky`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
@@ -109,6 +113,8 @@ class PositiveDefinite(Transform[Tensor]):
     Source: Pinheiro and Bates, Unconstrained parametrizations for variance-covariance matrices,
     Statistics and Computing 6 (1996); Stan reference manual, covariance matrices.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     eps: float = 0.0
 

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt, log
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from funcparam.transforms.contract.base import (
     largest,
 )
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 
 
@@ -55,6 +57,8 @@ class CorrelationCholesky(Transform[Tensor]):
     Source: Lewandowski, Kurowicka and Joe, Journal of Multivariate Analysis 100 (2009); Stan
     reference manual, Cholesky factors of correlation matrices.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

@@ -11,6 +11,7 @@ from funcparam.transforms._low_rank import singular_value
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_all, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.frames import at_frames, between_frames, svd, with_moved_bases
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
@@ -53,6 +54,8 @@ class FixedRank(Transform[Mapping[str, Tensor]]):
     Source: Vandereycken, Low-rank matrix completion by Riemannian optimization, SIAM J. Optim. 23
     (2013); geotorch's `FixedRank` has the same image.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"U": "relative", "V": "relative", "S": "coordinates"}
 
     stacks_up_to: ClassVar[int] = 256 * 256
 

@@ -11,6 +11,7 @@ from funcparam.transforms._parts import Parts, checked_parts, merged
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument
 from funcparam.transforms.contract.base import AnyTransform, State, expect_dim
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.slices import other_dims
 
 
@@ -63,6 +64,9 @@ class Gain(Parts):
     def part(self) -> AnyTransform:
         """The transform that is scaled."""
         return self.parts[0]
+
+    def role(self, key: str) -> Role:
+        return "magnitude" if key == "gain" else super().role(key)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

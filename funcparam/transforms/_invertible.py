@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
 from typing import ClassVar, NamedTuple, cast, final
@@ -17,6 +18,7 @@ from funcparam.transforms.contract.base import (
     largest,
 )
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.orthogonal_maps import FRAMES, identity_like
 
@@ -61,6 +63,8 @@ class Invertible(Transform[Tensor]):
     Source: the QR factorisation and its Jacobian, Muirhead, Aspects of Multivariate Statistical
     Theory (1982), theorem 2.1.13; geotorch's `GLp` has the same image.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
 
     stacks_up_to: ClassVar[int] = 128 * 128
 
@@ -159,6 +163,8 @@ class SpecialLinear(Transform[Tensor]):
     Source: the Iwasawa decomposition, Knapp, Lie Groups Beyond an Introduction (2002), section
     VI.4; geotorch's `SL` has the same image.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
 
     stacks_up_to: ClassVar[int] = 128 * 128
 

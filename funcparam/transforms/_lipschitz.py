@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_matrix, expect_real, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.kernels import (
     expect_groups,
     grouped,
@@ -47,6 +48,8 @@ class LInfLipschitz(Transform[Mapping[str, Tensor]]):
     Source: Liu et al., Learning smooth neural functions via Lipschitz regularization,
     arXiv 2202.08345, section 4.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"bound": "magnitude"}
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
@@ -121,6 +124,8 @@ class AOL(Transform[Tensor]):
 
     Source: Prach and Lampert, Almost-orthogonal layers, arXiv 2208.03160, theorems 1 and 2.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
     groups: int = 1
 

@@ -17,6 +17,7 @@ from funcparam.transforms.contract.arguments import (
 )
 from funcparam.transforms.contract.base import State, Transform, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 
 # starts that take a part of the value out of the base
@@ -69,6 +70,8 @@ class LoRA(Transform[Mapping[str, Tensor]]):
     Source: Hu et al., LoRA, arXiv 2106.09685, section 4.1; Meng et al., PiSSA, arXiv 2404.02948;
     Büyükakyüz, OLoRA, arXiv 2406.01775; Kalajdzievski, rsLoRA, arXiv 2312.03732.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"A": "factor", "B": "factor"}
 
     is_adapter: ClassVar[bool] = True
 

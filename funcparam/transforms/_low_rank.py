@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import cast, final
+from typing import ClassVar, cast, final
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 
 
@@ -45,6 +46,8 @@ class LowRank(Transform[Mapping[str, Tensor]]):
 
     Source: Eckart and Young, Psychometrika 1 (1936); geotorch's `LowRank` has the same image.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"A": "factor", "B": "factor"}
 
     rank: int
 

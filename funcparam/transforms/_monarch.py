@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from funcparam.transforms._low_rank import balanced_factors, singular_value
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_filled, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 
 
 @final
@@ -43,6 +44,8 @@ class Monarch(Transform[Mapping[str, Tensor]]):
 
     Source: Dao et al., Monarch, arXiv 2204.00595, definition 3.1 and section 3.3 (projection).
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"L": "factor", "R": "factor"}
 
     blocks: int
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_dim, expect_real
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.fused_norm import can_fuse, fused_weight_norm
 from funcparam.transforms.numerics.linalg import linalg
 
@@ -49,6 +50,8 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
 
     Source: Salimans and Kingma, Weight Normalization, arXiv 1602.07868, equation 2.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"magnitude": "magnitude", "direction": "direction"}
 
     stacks_up_to: ClassVar[int] = 32 * 32
     stacks_from: ClassVar[int] = 16

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from funcparam.transforms.contract.base import (
     largest,
 )
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
@@ -45,6 +47,8 @@ class Ordered(Transform[Tensor]):
     Source: Stan reference manual, ordered vector, with softplus for the exponential, as in TFP's
     `Ascending`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

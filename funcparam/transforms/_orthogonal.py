@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -17,6 +18,7 @@ from funcparam.transforms.contract.base import (
     largest,
 )
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.orthogonal_maps import (
     FRAMES,
@@ -132,6 +134,11 @@ class Orthogonal(Transform[Tensor]):
         return raw.mT if wide else raw, {"signs": signs}
 
     @full_precision
+    def role(self, key: str) -> Role:
+        if self.trivialize:
+            return "relative"
+        return "direction" if self.map in _PROJECTIONS else "coordinates"
+
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         if not self.trivialize:
             return raw, state
@@ -202,6 +209,8 @@ class SpecialOrthogonal(Transform[Tensor]):
     Source: as `Orthogonal`.
     """
 
+    roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
+
     stacks_up_to: ClassVar[int] = 64 * 64
 
     map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
@@ -268,6 +277,8 @@ class Unitary(Transform[Tensor]):
 
     Source: as `Orthogonal`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
 
     map: Literal["matrix_exp", "cayley"] = "matrix_exp"
 

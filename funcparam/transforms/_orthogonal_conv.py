@@ -17,6 +17,7 @@ from funcparam.transforms.contract.base import (
     largest,
 )
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.kernels import expect_groups, grouped
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.orthogonal_maps import FRAMES, identity_like
@@ -129,6 +130,9 @@ class OrthogonalConv(Transform[Mapping[str, Tensor]]):
         return {"matrix": matrix, **zeros}, {"matrix": state["base"], **projectors}
 
     @full_precision
+    def role(self, key: str) -> Role:
+        return "relative"
+
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         matrix, base = self._matrix().rebase(raw["matrix"], {"base": state["matrix"]})
         projectors = {

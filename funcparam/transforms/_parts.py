@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from funcparam.transforms.contract.base import AnyTransform, State, Transform
+from funcparam.transforms.contract.roles import Role
 
 
 class Parts(Transform[Mapping[str, Tensor]]):
@@ -22,6 +23,10 @@ class Parts(Transform[Mapping[str, Tensor]]):
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         pairs = [part.rebase(X, own) for part, X, own in self.each(raw, state)]
         return merged([raw for raw, _ in pairs]), merged([state for _, state in pairs])
+
+    def role(self, key: str) -> Role:
+        position, _, own = key.partition(".")
+        return self.parts[int(position)].role(own)
 
     def each(
         self, raw: Mapping[str, Tensor], state: State

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 from funcparam.transforms.contract.arguments import expect_choice
 from funcparam.transforms.contract.base import State, Transform, expect_range, expect_real, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
@@ -49,6 +50,8 @@ class Positive(Transform[Tensor]):
 
     Source: `SoftplusTransform` and `ExpTransform` of `torch.distributions.transforms`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     map: Literal["softplus", "exp", "square"] = "softplus"
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast, final
+from typing import ClassVar, cast, final
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_square, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 
 
@@ -43,6 +45,8 @@ class PSDLowRank(Transform[Tensor]):
     Source: Burer and Monteiro, Mathematical Programming 95 (2003); Eckart and Young,
     Psychometrika 1 (1936).
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "factor"}
 
     rank: int
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn.functional import logsigmoid, pad
 from funcparam.transforms.contract.arguments import expect_choice
 from funcparam.transforms.contract.base import State, Transform, expect_range, expect_real, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 
 
 @final
@@ -49,6 +51,8 @@ class Simplex(Transform[Tensor]):
     Source: Stan reference manual, unit simplex; `SoftmaxTransform` and `StickBreakingTransform`
     of `torch.distributions.transforms`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     map: Literal["softmax", "stick_breaking"] = "softmax"
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from funcparam.transforms.contract.base import (
     largest,
 )
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 
 
 @final
@@ -54,6 +56,8 @@ class DoublyStochastic(Transform[Tensor]):
     Source: Mena et al., Learning latent permutations with Gumbel-Sinkhorn networks,
     arXiv 1802.08665, section 2; Altschuler et al., arXiv 1705.09634, algorithm 2 (rounding).
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     iterations: int = 20
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, final
@@ -15,6 +16,7 @@ from funcparam.transforms.contract.arguments import (
 )
 from funcparam.transforms.contract.base import State, Transform, expect_dim, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.norms import norms
 from funcparam.transforms.numerics.top_singular_value import top_singular_value
@@ -67,6 +69,8 @@ class SpectralNorm(Transform[Tensor]):
 
     Source: Miyato et al., Spectral Normalization for GANs, arXiv 1802.05957, algorithm 1.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
     stacks_up_to: ClassVar[int] = 64 * 64
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_all, expect_dim, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.norms import norms
 
 
@@ -38,6 +40,8 @@ class UnitNorm(Transform[Tensor]):
     Source: Absil, Mahony and Sepulchre, Optimization Algorithms on Matrix Manifolds (2008),
     section 4.1 (the projective retraction of the sphere).
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
     stacks_up_to: ClassVar[int] = 64 * 64
     stacks_from: ClassVar[int] = 8

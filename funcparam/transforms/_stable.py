@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import expect_choice
 from funcparam.transforms.contract.base import State, Transform, expect_all, expect_real, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 
 # exp(-exp(nu)) is 0 above this in every dtype; the gradient is 0 and not 0 * inf
 _GONE_ABOVE = 10.0
@@ -47,6 +48,8 @@ class StableDiagonal(Transform[Mapping[str, Tensor]]):
     Source: Orvieto et al., Resurrecting Recurrent Neural Networks for Long Sequences,
     arXiv 2303.06349, section 3.3.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"nu": "coordinates", "theta": "coordinates"}
 
     pairs: bool = False
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar, final
@@ -10,6 +11,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import INTEGER, POSITIVE_NUMBER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.norms import norms
 from funcparam.transforms.numerics.slices import expect_slices, other_dims
 
@@ -47,6 +49,8 @@ class WeightStandardization(Transform[Tensor]):
     Source: Qiao et al., Micro-batch training with batch-channel normalization and weight
     standardization, arXiv 1903.10520, equations 8 and 9.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
     stacks_up_to: ClassVar[int] = 64 * 64
     stacks_from: ClassVar[int] = 8

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from funcparam.transforms._orthogonal import Orthogonal
 from funcparam.transforms.contract.base import State, Transform, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.frames import moved, tilted
 from funcparam.transforms.numerics.orthogonal_maps import q_factor
 
@@ -50,6 +52,8 @@ class Stiefel(Transform[Tensor]):
     SIAM J. Matrix Anal. Appl. 20 (1998); Wen and Yin, Mathematical Programming 142 (2013) (a
     Cayley transform in thin matrices).
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
 
     stacks_up_to: ClassVar[int] = 64 * 64
 
@@ -119,6 +123,8 @@ class Grassmann(Transform[Tensor]):
     SIAM J. Matrix Anal. Appl. 20 (1998), section 2.5; geotorch's `Grassmannian` with
     `triv="cayley"` has the same values.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
