@@ -129,10 +129,10 @@ class OrthogonalConv(Transform[Mapping[str, Tensor]]):
         zeros = {name: torch.zeros_like(P) for name, P in projectors.items()}
         return {"matrix": matrix, **zeros}, {"matrix": state["base"], **projectors}
 
-    @full_precision
     def role(self, key: str) -> Role:
         return "relative"
 
+    @full_precision
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         matrix, base = self._matrix().rebase(raw["matrix"], {"base": state["matrix"]})
         projectors = {
