@@ -10,6 +10,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_filled, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.orthogonal_maps import FRAMES
 
 
@@ -46,6 +47,8 @@ class BOFT(Transform[Mapping[str, Tensor]]):
 
     Source: Liu et al., BOFT, arXiv 2311.06243, equations 3 to 6; peft's `BOFTConfig`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"R": "relative", "s": "magnitude"}
 
     is_adapter: ClassVar[bool] = True
 

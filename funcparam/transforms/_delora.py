@@ -11,6 +11,7 @@ from funcparam.transforms._lora import LoRA, uniform_factor
 from funcparam.transforms.contract.arguments import NUMBER, POSITIVE_INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_filled
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 
 # below this a length counts as this, as in peft
@@ -54,6 +55,8 @@ class DeLoRA(Transform[Mapping[str, Tensor]]):
 
     Source: Bini et al., DeLoRA, arXiv 2503.18225, equation 9; peft's `DeloraConfig`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"A": "factor", "B": "factor", "lambda": "magnitude"}
 
     is_adapter: ClassVar[bool] = True
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -10,6 +11,7 @@ from funcparam.transforms._adapters import OFT
 from funcparam.transforms.contract.arguments import Kind, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_filled, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 
 _EVEN = Kind("an even positive integer", (int,), lambda n: n > 0 and n % 2 == 0)
@@ -47,6 +49,8 @@ class HRA(Transform[Tensor]):
     Householder reflection adaptation, arXiv 2405.17484, equation 4; peft's `HRAConfig` without its
     orthogonalisation.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
     is_adapter: ClassVar[bool] = True
 

@@ -19,6 +19,7 @@ from funcparam.transforms.contract.base import (
     expect_matrix,
 )
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 
 _FREE = Identity()
 
@@ -68,6 +69,11 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
         keep_integers(self, "left")
         if len(self.left) != 2 or min(self.left) <= 0:
             raise ValueError(f"Kronecker expects left to be two positive sides; got {self.left}")
+
+    def role(self, key: str) -> Role:
+        factor, _, own = key.partition(".")
+        role = {"A": self.A, "B": self.B}[factor].role(own)
+        return "factor" if role == "weight" else role
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import NUMBER, POSITIVE_INTEGER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_filled, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 
 
 @final
@@ -45,6 +46,8 @@ class RandLoRA(Transform[Mapping[str, Tensor]]):
 
     Source: Albert et al., RandLoRA, arXiv 2502.00987, equation 3; peft's `RandLoraConfig`.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"lambda": "magnitude", "gamma": "magnitude"}
 
     is_adapter: ClassVar[bool] = True
 

@@ -14,7 +14,7 @@ _NOTHING: Mapping[str, Tensor] = {}
 
 _LOW = (torch.bfloat16, torch.float16)
 
-_REAL = {
+_REAL: Mapping[torch.dtype, torch.dtype] = {
     torch.float16: torch.float16,
     torch.bfloat16: torch.bfloat16,
     torch.float32: torch.float32,
@@ -22,7 +22,10 @@ _REAL = {
     torch.complex64: torch.float32,
     torch.complex128: torch.float64,
 }
-_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+_COMPLEX: Mapping[torch.dtype, torch.dtype] = {
+    torch.float32: torch.complex64,
+    torch.float64: torch.complex128,
+}
 
 
 def full_precision(method: Method) -> Method:
