@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import inf
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from funcparam.transforms.numerics.linalg import linalg
 
 
-def norms(X: Tensor, dims: Sequence[int]) -> Tensor:
+def norms(X: Tensor, dims: list[int] | tuple[int, ...]) -> Tensor:
     """The 2-norm over `dims`, which stay with size 1; squares neither overflow nor vanish.
 
     A slice of zeros has the norm 0 with derivatives 0, where the root has none.
