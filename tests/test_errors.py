@@ -5,14 +5,17 @@ A `raise` that no call there meets fails the last test: add a call, with its tex
 
 import ast
 import builtins
+import json
 import re
 import tempfile
 import traceback
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -65,6 +68,31 @@ def a_text_file(name):
     path = Path(tempfile.mkdtemp()) / name
     path.write_text("hello")
     return path
+
+
+def an_index(text):
+    path = Path(tempfile.mkdtemp()) / "model.safetensors.index.json"
+    path.write_text(text)
+    safetensors.torch.save_file({"a": ONE}, path.parent / "one.safetensors")
+    return path
+
+
+def with_header(**header):
+    path = Path(tempfile.mkdtemp()) / "model.safetensors"
+    safetensors.torch.save_file({"w": ONE}, path, metadata=header)
+    return path
+
+
+def saying(*texts):
+    """A file that says this of itself."""
+    found = OrderedDict({"w": ONE})
+    found._metadata = {f"{'module.' * i}"[:-1]: {"funcparam": t} for i, t in enumerate(texts)}
+    return found
+
+
+def leaf(transform, **more):
+    told = {"names": ["w"], "shape": [2, 3], "dtype": "float32", "transform": transform}
+    return json.dumps({"version": 1, "leaves": [told | more]})
 
 
 def endless():

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from funcparam.checkpoint._keys import flat
+from funcparam.checkpoint._flat import flat, metadata_of
+from funcparam.checkpoint._shards import files_of
+from funcparam.checkpoint._spec import in_header, of_header
 from funcparam.transforms.contract.signature import describe
 
-Path: TypeAlias = "str | os.PathLike[str]"
+PathLike: TypeAlias = "str | os.PathLike[str]"
+
+_ALIASES = "funcparam.aliases"
 
 
-def save(tensors: Mapping[str, Any], path: Path) -> None:
+def save(tensors: Mapping[str, Any], path: PathLike) -> None:
     """Save tensors, so that `torch.load(weights_only=True)` or safetensors reads them.
 
     Tied tensors are written once and are tied when [`load`][funcparam.checkpoint.load] reads them;
-    of a view only its own entries are written.
+    of a view only its own entries are written. What `tensors` says of itself is written too.
 
     Args:
         tensors: by key; nested dictionaries get dotted keys.
@@ -41,7 +48,7 @@ def save(tensors: Mapping[str, Any], path: Path) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "model.safetensors"
         ...     fp.checkpoint.save(fp.checkpoint.write(p, raw, state), path)
-        ...     raw2, state2, _ = fp.checkpoint.read(fp.checkpoint.load(path), p)
+        ...     raw2, state2, _ = fp.checkpoint.read(fp.checkpoint.load(path))  # the file knows p
         >>> torch.equal(p(raw2, state2)["weight"], p(raw, state)["weight"])
         True
     """
@@ -50,8 +57,12 @@ def save(tensors: Mapping[str, Any], path: Path) -> None:
     for key, item in flat(tensors).items():
         keys[key] = _identity(item)
         compact.setdefault(keys[key], _compact(item))
+    metadata = metadata_of(tensors)
     if not _is_safetensors(path):
-        torch.save({key: compact[one] for key, one in keys.items()}, path)
+        written = OrderedDict((key, compact[one]) for key, one in keys.items())
+        if metadata:
+            cast("Any", written)._metadata = joined(metadata)
+        torch.save(written, path)
         return
     first: dict[Any, str] = {}
     for key, one in keys.items():
@@ -60,16 +71,22 @@ def save(tensors: Mapping[str, Any], path: Path) -> None:
         first.setdefault(one, key)
     once = {key: compact[one].contiguous() for one, key in first.items()}
     aliases = {key: first[one] for key, one in keys.items() if first[one] != key}
-    # the metadata that safetensors.torch.save_model writes, so that its load_model reads this
-    _safetensors().save_file(once, path, metadata={**aliases, "format": "pt"})
+    header = {"format": "pt", **in_header(joined(metadata))}
+    if aliases:
+        header[_ALIASES] = json.dumps(aliases)
+    _safetensors().save_file(once, path, metadata=header)
 
 
-def load(path: Path, *, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read tensors from a file of safetensors or of PyTorch, without running code from it.
+def load(path: PathLike, *, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read tensors from files of safetensors or of PyTorch, without running code from them.
 
     Args:
-        path: the file; taken for one of safetensors if it ends in `.safetensors`.
+        path: a file, taken for one of safetensors if it ends in `.safetensors`; the index of
+            several, which ends in `.index.json`; or a folder that has one of either.
         device: where the tensors are to be.
+
+    Returns:
+        The tensors, with what the file says of itself.
 
     Raises:
         pickle.UnpicklingError: the file holds more than tensors and plain containers; PyTorch's
@@ -78,8 +95,39 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> dict[str, Any]:
         OSError: there is no such file, or it cannot be read.
         ImportError: safetensors is not installed.
     """
+    files, expected = files_of(Path(path))
+    if not expected:
+        return _load(files[0], device)
+    found: OrderedDict[str, Any] = OrderedDict()
+    metadata: dict[str, Any] = {}
+    for file in files:
+        part = _load(file, device)
+        found |= {key: part[key] for key in part if expected.get(key) == file.name}
+        metadata |= getattr(part, "_metadata", {})
+    if missing := expected.keys() - found.keys():
+        first = min(missing)
+        raise ValueError(
+            f"{os.fspath(path)!r}: {first!r} is to be in {expected[first]!r}, where it is not"
+        )
+    if metadata:
+        cast("Any", found)._metadata = metadata
+    return found
+
+
+def joined(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What nested state_dicts say of themselves, by the path of each module in all."""
+    return {
+        f"{nested}{path}".removesuffix("." if not path else ""): own
+        for nested, of_modules in metadata.items()
+        for path, own in of_modules.items()
+    }
+
+
+def _load(path: Path, device: str | torch.device) -> dict[str, Any]:
     try:
-        return _load_safetensors(path, device) if _is_safetensors(path) else _load(path, device)
+        if _is_safetensors(path):
+            return _load_safetensors(path, device)
+        return cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
     except (OSError, ImportError, pickle.UnpicklingError):
         raise
     except Exception as error:  # what a broken file can lead to is long, and has no common type
@@ -89,33 +137,52 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> dict[str, Any]:
         ) from error
 
 
-def _load(path: Path, device: str | torch.device) -> dict[str, Any]:
-    return cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
-
-
 def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
     with _safetensors().safe_open(path, framework="pt", device=str(device)) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        aliases = cast("dict[str, str]", file.metadata() or {})
-    return tensors | {key: tensors[kept] for key, kept in aliases.items() if kept in tensors}
+        found = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
+        header = cast("dict[str, str]", file.metadata() or {})
+    for key, kept in _aliases(header, found).items():
+        found.setdefault(key, found[kept])
+    if metadata := of_header(header):
+        cast("Any", found)._metadata = metadata
+    return found
 
 
-def _is_safetensors(path: Path) -> bool:
+def _aliases(header: Mapping[str, str], found: Mapping[str, Any]) -> dict[str, str]:
+    """Names of tied tensors: in a key of their own, or, where nothing else is there, one each."""
+    if _ALIASES in header:
+        aliases = json.loads(header[_ALIASES])
+    else:  # as safetensors.torch.save_model writes them
+        aliases = {key: kept for key, kept in header.items() if key != "format"}
+        if any(key in found or kept not in found for key, kept in aliases.items()):
+            return {}
+    told = cast("dict[str, str]", aliases)
+    if not isinstance(aliases, dict) or any(kept not in found for kept in told.values()):
+        raise ValueError(f"{_ALIASES}: expected names of tensors that are there; got {aliases!r}")
+    return told
+
+
+def _is_safetensors(path: PathLike) -> bool:
     return os.fspath(path).endswith(".safetensors")
 
 
 def _identity(item: Any) -> Any:
     """Equal for two views of the same entries of one memory."""
-    if not isinstance(item, Tensor) or item.numel() == 0 or item.is_meta:
+    usual = isinstance(item, Tensor) and item.layout is torch.strided and not item.is_meta
+    if not usual or item.numel() == 0:
         return id(item)
-    return item.data_ptr(), item.device, item.dtype, tuple(item.shape), item.stride()
+    bits = item.is_conj(), item.is_neg()
+    return item.data_ptr(), item.device, item.dtype, tuple(item.shape), item.stride(), bits
 
 
 def _compact(item: Any) -> Any:
-    """The tensor itself, or a copy if it is a view of a larger memory."""
+    """The tensor itself, or a copy if it is a view of a larger memory or not yet conjugated."""
     if not isinstance(item, Tensor):
         return item
     tensor = item.detach()
+    if tensor.layout is not torch.strided:
+        return tensor
+    tensor = tensor.resolve_conj().resolve_neg()
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone()
 

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
-
-from torch import Tensor
-
-from funcparam.parametrization.table import Table, Tabular
-from funcparam.transforms.contract.signature import describe
-
-_OWN = ("raw", "state", "net_buffers")
 
 _TORCH = re.compile(r"(?P<prefix>.*?)(?<![^.])parametrizations\.(?P<local>[^.]+)\.(?P<part>.+)")
 
@@ -22,163 +13,88 @@ _LEGACY = (
     ("legacy spectral_norm", ("_orig", "_u", "_v")),
     ("legacy prune", ("_orig", "_mask")),
 )
+_BEFORE_TORCH_11 = ("legacy spectral_norm", ("", "_orig", "_u"))
+
+# What a module of funcparam puts before a name. `net_buffers` is in older files, `buffers` in
+# those that were saved as {"raw": raw, "state": state, "buffers": buffers}.
+_WORD = re.compile(r"(?:(?<=\.)|^)(raw|state|net|net_buffers|buffers)\.")
+_AS_THEY_ARE = ("net", "net_buffers", "buffers")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a network, how it is stored, and under which key each part of it."""
+    """A tensor of a network, how it is stored, and under which key each part of it.
+
+    Attributes:
+        name: its name in the network.
+        style: `"plain"`, `"funcparam"`, `"torch"`, `"legacy weight_norm"`, `"legacy
+            spectral_norm"` or `"legacy prune"`.
+        keys: pairs of part and key.
+    """
 
     name: str
     style: str
     keys: tuple[tuple[str, str], ...]
+    head: str = ""
+    """The name of the module that has the words `raw`, `state` and `net`, with its dot."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is stored as its value."""
+        return self.style == "plain" or self.keys[0][0] == "net"
 
     def key(self, part: str) -> str:
         """The key of a part."""
-        return key_of(self.name, self.style, part)
+        return key_of(self.name, self.style, part, self.head)
 
 
-@dataclass(frozen=True, repr=False)
-class Explanation(Tabular):
-    """What [`explain`][funcparam.checkpoint.explain] found; prints as a table.
-
-    Attributes:
-        stored: one item for each tensor, with `name`, `style` and `keys`, pairs of part and key.
-            `style` is `"plain"`, `"funcparam"`, `"torch"`, `"legacy weight_norm"`, `"legacy
-            spectral_norm"` or `"legacy prune"`.
-    """
-
-    stored: tuple[Stored, ...]
-    _shapes: tuple[str, ...]
-
-    def _table(self) -> Table:
-        rows = [
-            (found.name, found.style, ", ".join(part for part, _ in found.keys), shapes)
-            for found, shapes in zip(self.stored, self._shapes, strict=True)
-        ]
-        return Table(("name", "stored as", "parts", "shapes"), tuple(rows))
-
-
-def explain(state_dict: Mapping[str, Any]) -> Explanation:
-    """Say how each tensor of a checkpoint is stored.
-
-    Only keys are looked at, so this needs neither the network nor a parametrization. Keys that fit
-    `torch.nn.utils.parametrize` (style `"torch"`), the older hooks of `weight_norm`,
-    `spectral_norm` and `prune`, or funcparam's own layout are taken for it, all others for plain
-    tensors. A folded weight is a plain one.
-
-    Args:
-        state_dict: tensors by key, as `state_dict()`, `torch.load` or
-            [`load`][funcparam.checkpoint.load] return them.
-
-    Raises:
-        TypeError: it is not a dictionary of tensors.
-        ValueError: two tensors have one key once nested dictionaries are joined by dots.
-
-    Example:
-        >>> import torch, funcparam as fp
-        >>> layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
-        >>> fp.checkpoint.explain(layer.state_dict())
-        name    stored as  parts                 shapes
-        ------  ---------  --------------------  --------------
-        bias    plain                            (2,)
-        weight  torch      original0, original1  (2, 1), (2, 3)
-    """
-    tensors = flat(state_dict)
-    found = [*_scan_own(tensors)] if has_own_keys(tensors) else scan(tensors)
-    shapes = (", ".join(_shape(tensors[key]) for _, key in item.keys) for item in found)
-    return Explanation(tuple(found), tuple(shapes))
-
-
-def flat(tensors: Any) -> dict[str, Any]:
-    """The tensors of a state_dict, or of nested dictionaries, under dotted keys.
-
-    Raises:
-        TypeError: something else than a tensor is in it, apart from modules' extra state.
-        ValueError: two tensors have one dotted key, or the dictionaries never end.
-    """
-    if not isinstance(tensors, Mapping):
-        got, hint = describe(tensors), ""
-        if isinstance(tensors, (str, os.PathLike)):
-            hint = ". checkpoint.load(path) reads a file, save(tensors, path) writes one"
-        elif hasattr(tensors, "state_dict"):
-            hint = ". Pass its state_dict()"
-        raise TypeError(f"expected a dict of tensors, by key; got {got}{hint}")
-    found: dict[str, Any] = {}
-    try:
-        for key, item in _flat(cast("Mapping[Any, Any]", tensors), ""):
-            if key in found:
-                raise ValueError(f"{key!r} is there twice, as one key and as nested dictionaries")
-            found[key] = item
-    except RecursionError:
-        raise ValueError(
-            "expected a dict of tensors, by key; got dictionaries that are nested without end"
-        ) from None
-    return found
-
-
-def _flat(tensors: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, item in tensors.items():
-        path = f"{prefix}{key}"
-        if isinstance(item, Tensor) or path.endswith("_extra_state"):
-            yield path, item
-        elif isinstance(item, Mapping):
-            yield from _flat(cast("Mapping[Any, Any]", item), f"{path}.")
-        else:
-            raise TypeError(
-                f"{path!r}: expected a tensor; got {describe(item)}. Of a training checkpoint, pass"
-                " the entry that holds the state_dict"
-            )
-
-
-def has_own_keys(tensors: Collection[str]) -> bool:
-    """Whether all keys look like funcparam's own."""
-    first = {key.partition(".")[0] for key in tensors}
-    return first <= set(_OWN) and bool(first & {"raw", "state"})
-
-
-def _scan_own(tensors: Mapping[str, Any]) -> Iterator[Stored]:
-    for key in tensors:
-        word, _, name = key.partition(".")
-        yield Stored(name, "funcparam", ((word, key),))
-
-
-def scan(tensors: Collection[str], names: Collection[str] = ()) -> list[Stored]:
-    """Group keys by the tensor that they store; a key that is among `names` is that plain tensor.
-
-    Ordered by where the first key of each stands.
-    """
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for key in tensors:
-        name, style, part = _place(key, tensors, names)
-        found.setdefault((name, style), {})[part] = key
-    return [Stored(name, style, tuple(keys.items())) for (name, style), keys in found.items()]
-
-
-def _place(key: str, keys: Collection[str], names: Collection[str]) -> tuple[str, str, str]:
-    """The name, style and part that a key stands for."""
-    if key in names:
-        return key, "plain", ""
-    if match := _TORCH.fullmatch(key):
-        return match["prefix"] + match["local"], "torch", match["part"]
-    for style, endings in _LEGACY:
-        for ending in endings:
-            name = key.removesuffix(ending)
-            own = [name + other for other in endings]
-            if (
-                name.rpartition(".")[2]
-                and name != key
-                and all(o in keys and o not in names for o in own)
-            ):
-                return name, style, ending
-    return key, "plain", ""
-
-
-def key_of(name: str, style: str, part: str) -> str:
+def key_of(name: str, style: str, part: str, head: str = "") -> str:
     """The key under which a part of a tensor is stored."""
+    if style == "funcparam":
+        word, dot, inner = part.partition(".")
+        return f"{head}{word}.{name.removeprefix(head)}{dot}{inner}"
     if style == "torch":
         prefix, dot, local = name.rpartition(".")
         return f"{prefix}{dot}parametrizations.{local}.{part}"
     return f"{name}{part}"
+
+
+def scan(
+    keys: Collection[str], names: Collection[str] = (), buffers: Collection[str] = ()
+) -> list[Stored]:
+    """Group keys by the tensor that they store, funcparam's own keys apart.
+
+    A key that is among the names that the network has is that plain tensor; nothing else can be a
+    part of a tensor whose plain key is there.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for key in keys:
+        name, style, part = _place(key, keys, names, buffers)
+        found.setdefault((name, style), {})[part] = key
+    return [Stored(name, style, tuple(parts.items())) for (name, style), parts in found.items()]
+
+
+def _place(
+    key: str, keys: Collection[str], names: Collection[str], buffers: Collection[str]
+) -> tuple[str, str, str]:
+    """The name, style and part that a key stands for."""
+    if key in buffers or key.endswith("_extra_state"):
+        return key, "plain", ""
+    if key not in names and (match := _TORCH.fullmatch(key)):
+        return match["prefix"] + match["local"], "torch", match["part"]
+    for style, endings in (_BEFORE_TORCH_11, *_LEGACY):
+        for ending in endings:
+            name = key.removesuffix(ending)
+            parts = {name + other for other in endings if other}
+            if (
+                name + ending == key
+                and name.rpartition(".")[2]
+                and (name in keys) == ("" in endings)
+                and not (name + "_v" in keys and "" in endings)
+                and all(o in keys and o not in names and o not in buffers for o in parts)
+            ):
+                return name, style, ending
+    return key, "plain", ""
 
 
 def half_legacy(key: str, names: Collection[str]) -> str | None:
@@ -187,17 +103,59 @@ def half_legacy(key: str, names: Collection[str]) -> str | None:
     return next((key.removesuffix(e) for e in endings if key.removesuffix(e) in names), None)
 
 
-def what_is_there(tensors: Mapping[str, Any]) -> str:
-    """What is there, and what to do about a wrapper's prefix."""
-    keys = list(tensors)
-    for prefix in ("module.", "_orig_mod."):
-        if keys and all(key.startswith(prefix) for key in keys):
-            return (
-                f"every key starts with {prefix!r}, as wrappers add it: take the state_dict of"
-                f" the module inside, or remove the prefix with key.removeprefix({prefix!r})"
-            )
-    return f"got the keys {keys[:4]}{' and more' if len(keys) > 4 else ''}"
+def scan_own(keys: Collection[str], names: Collection[str]) -> list[Stored]:
+    """Group funcparam's own keys by the tensor, one of `names`, that they store.
+
+    `raw.NAME`, `raw.NAME.KEY` and `state.NAME.KEY`; what has no rule is at `raw.NAME` or, in a
+    module, at `net.NAME`. In a bigger network the words follow the name of the module.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for key in keys:
+        for head, word, rest in splits(key):
+            if word not in ("raw", "state", "net"):
+                continue
+            name, inner = _longest(head, rest, names)
+            if name and (inner == "" or word != "net"):
+                part = f"{word}.{inner}" if inner else word
+                found.setdefault((name, head), {})[part] = key
+                break
+    return [
+        Stored(name, "funcparam", tuple(parts.items()), head)
+        for (name, head), parts in found.items()
+    ]
 
 
-def _shape(tensor: Any) -> str:
-    return str(tuple(tensor.shape)) if isinstance(tensor, Tensor) else "extra state"
+def splits(key: str) -> Iterator[tuple[str, str, str]]:
+    """Where one of funcparam's words stands in a key: (what is before, the word, the rest)."""
+    for match in _WORD.finditer(key):
+        yield key[: match.start()], match[1], key[match.end() :]
+
+
+def _longest(head: str, rest: str, names: Collection[str]) -> tuple[str, str]:
+    """The longest of `names` that begins `head + rest`, and what is left of it."""
+    at = len(rest)
+    while at > 0:
+        if head + rest[:at] in names:
+            return head + rest[:at], rest[at + 1 :]
+        at = rest.rfind(".", 0, at)
+    return "", ""
+
+
+def as_in_the_network(key: str, heads: Collection[str]) -> str:
+    """The name in the network of what funcparam's modules keep as it is."""
+    for head, word, rest in splits(key):
+        if head in heads and word in _AS_THEY_ARE:
+            return head + rest
+    return key
+
+
+def heads_of(keys: Collection[str]) -> set[str]:
+    """The modules of which every key has one of funcparam's words, judged by the keys alone."""
+    below: dict[str, set[str]] = {"": set()}
+    for key in keys:
+        parts = key.split(".")
+        for i, part in enumerate(parts):
+            head = ".".join(parts[:i]) + "." * bool(i)
+            below.setdefault(head, set()).add(part)
+    words = {"raw", "state", *_AS_THEY_ARE}
+    return {head for head, first in below.items() if first <= words and "raw" in first}

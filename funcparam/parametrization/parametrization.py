@@ -71,6 +71,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     entries: tuple[Entry, ...]
     structure: Structure | None
+    buffers: tuple[str, ...] = field(default=(), compare=False)
+    """The module's buffers that are none of the entries, and that its `state_dict` has."""
     _transforms: dict[str, AnyTransform] = field(init=False, compare=False)
     _aliases: dict[str, str] = field(init=False, compare=False)
     _expected: Expected = field(init=False, compare=False)

@@ -116,7 +116,9 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
     leaves, structure = flatten(params)
     chosen = select(rules, leaves)
     kept = [leaf for leaf in leaves if not leaf.is_buffer or leaf.names[0] in chosen]
-    return Parametrization(tuple(_entry(leaf, chosen) for leaf in kept), structure)
+    left = [leaf for leaf in leaves if leaf.is_buffer and leaf.names[0] not in chosen]
+    buffers = tuple(leaf.names[0] for leaf in left if any(map(_is_saved, leaf.owners)))
+    return Parametrization(tuple(_entry(leaf, chosen) for leaf in kept), structure, buffers)
 
 
 def _entry(leaf: Leaf, chosen: Mapping[str, Rule]) -> Entry:
@@ -131,3 +133,8 @@ def _entry(leaf: Leaf, chosen: Mapping[str, Rule]) -> Entry:
         return Entry(leaf.names, signature(transform, leaf.tensor), transform)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name!r}: {error}{picked_by(selector, name)}") from error
+
+
+def _is_saved(owner: tuple[nn.Module, str]) -> bool:
+    module, name = owner
+    return name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]

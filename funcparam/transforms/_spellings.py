@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms._chain import Chain
+from funcparam.transforms._identity import Identity
 from funcparam.transforms._mask import Mask
 from funcparam.transforms._norm import WeightNorm
 from funcparam.transforms._orthogonal import Orthogonal
 from funcparam.transforms._spectral import SpectralNorm
 from funcparam.transforms.contract.base import AnyTransform, State, readable
 from funcparam.transforms.contract.signature import NamedSpecs, Signature, TensorSpec
+from funcparam.transforms.numerics.linalg import linalg
 
 Parts = Mapping[str, Tensor]
 
@@ -25,8 +27,9 @@ Parts = Mapping[str, Tensor]
 class Spelling:
     """Parts for raw and state, as pairs (part, key); the key of a raw that is one tensor is ''.
 
-    In the style `"torch"`, of `torch.nn.utils.parametrize`, a part stands below
-    `parametrizations.weight`; in a legacy style it is the ending of `weight_g`.
+    In the style `"funcparam"` a part is `raw`, or `raw.KEY` and `state.KEY`; in the style
+    `"torch"`, of `torch.nn.utils.parametrize`, it stands below `parametrizations.weight`; in a
+    legacy style it is the ending of `weight_g`.
     """
 
     style: str
@@ -50,6 +53,10 @@ class Spelling:
         raw = {key: parts[part] for part, key in self.raw}
         return raw.get("", raw), {key: parts[part] for part, key in self.state}
 
+    def contradicted(self, parts: Parts) -> bool:
+        """Whether the numbers show that another transform wrote parts of these shapes."""
+        return False
+
     def specs(self, signature: Signature) -> dict[str, TensorSpec]:
         """What each part looks like."""
         raw = signature.raw
@@ -59,10 +66,30 @@ class Spelling:
 
 
 def spellings(transform: AnyTransform | None, signature: Signature) -> tuple[Spelling, ...]:
-    """All spellings of a transform in PyTorch, the one to write in each style first."""
+    """All spellings of a transform, the one to write in each style first."""
     if transform is None:
         return ()
     raw, state = signature.raw, [key for key, _ in signature.state]
+    keys = [("", "raw")] if isinstance(raw, TensorSpec) else [(k, f"raw.{k}") for k, _ in raw]
+    own = (
+        tuple((part, key) for key, part in keys),
+        tuple((f"state.{key}", key) for key in state),
+    )
+    if isinstance(transform, SpectralNorm) and state:
+        return (
+            _Vectors("funcparam", *own, dim=transform.dim),
+            _Vectors("torch", (("original", ""),), (("0._u", "u"), ("0._v", "v")), transform.dim),
+            _Vectors(
+                "legacy spectral_norm", (("_orig", ""),), (("_u", "u"), ("_v", "v")), transform.dim
+            ),
+            _BeforeTorch11("legacy spectral_norm", (), dim=transform.dim),
+        )
+    return (Spelling("funcparam", *own), *_spellings_of_torch(transform, raw, state))
+
+
+def _spellings_of_torch(
+    transform: AnyTransform, raw: TensorSpec | NamedSpecs, state: list[str]
+) -> tuple[Spelling, ...]:
     match transform:
         case WeightNorm():
             kind = _WholeWeightNorm if transform.dim is None else Spelling
@@ -70,11 +97,6 @@ def spellings(transform: AnyTransform | None, signature: Signature) -> tuple[Spe
             return (
                 kind("torch", tuple(zip(("original0", "original1"), names, strict=True))),
                 kind("legacy weight_norm", tuple(zip(("_g", "_v"), names, strict=True))),
-            )
-        case SpectralNorm() if state:
-            return (
-                Spelling("torch", (("original", ""),), (("0._u", "u"), ("0._v", "v"))),
-                Spelling("legacy spectral_norm", (("_orig", ""),), (("_u", "u"), ("_v", "v"))),
             )
         case Mask():
             pruned = _Pruned("legacy prune", (("_orig", ""),), (("_mask", "mask"),))
@@ -120,6 +142,52 @@ def _as_list(chain: Chain, raw: TensorSpec | NamedSpecs, state: list[str]) -> Sp
         return f"{position}.{'_' if position in power else ''}{own.replace('.', '_')}"
 
     return Spelling("torch", _raw_parts(raw), tuple((buffer(key), key) for key in state))
+
+
+@dataclass(frozen=True)
+class _Vectors(Spelling):
+    """The vectors of power iteration, which have unit length, along the rows of a dimension."""
+
+    dim: int = 0
+
+    def read(self, parts: Parts) -> tuple[Any, State]:
+        raw, state = super().read(parts)
+        return raw, {key: _unit(vector) for key, vector in state.items()}
+
+    def contradicted(self, parts: Parts) -> bool:
+        raw, state = super().read(parts)
+        dim = _dim_of_vectors(raw, state["u"], state["v"])
+        return dim is not None and dim != self.dim % raw.ndim
+
+
+@dataclass(frozen=True)
+class _BeforeTorch11(_Vectors):
+    """Files from before PyTorch 1.1 have the value in place of v."""
+
+    @property
+    def parts(self) -> frozenset[str]:
+        return frozenset(("", "_orig", "_u"))
+
+    def read(self, parts: Parts) -> tuple[Any, State]:
+        raw, u = parts["_orig"], _unit(parts["_u"])
+        X = raw.movedim(self.dim, 0).flatten(1)
+        # each step ended with u = X v / |X v|, for a v among the rows of X
+        v: Tensor = linalg.pinv(X) @ u if readable(X) else X.mH @ u
+        return raw, {"u": u, "v": _unit(v)}
+
+    def contradicted(self, parts: Parts) -> bool:
+        return False
+
+    def specs(self, signature: Signature) -> dict[str, TensorSpec]:
+        state = dict(signature.state)
+        return {"": signature.value, "_orig": signature.value, "_u": state["u"]}
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """The vector with norm 1: as it is where it has that norm, up to rounding, or none."""
+    norm: Tensor = linalg.vector_norm(vector)
+    near = (norm - 1).abs() < torch.finfo(norm.dtype).eps ** 0.5
+    return torch.where(near | (norm == 0), vector, vector / norm)
 
 
 class _WholeWeightNorm(Spelling):
@@ -197,25 +265,34 @@ class Inferred(NamedTuple):
 
 def infer(style: str, parts: Parts) -> Inferred | None:
     """The transform whose parts these are, where they leave no doubt about the value."""
-    names = set(parts)
-    if len({part.dtype for part in parts.values()}) > 1:
+    if len({part.dtype for part in parts.values() if part.dtype != torch.bool}) > 1:
         return None
-    if style == "legacy weight_norm" and parts["_v"].is_floating_point():
-        return _infer_weight_norm(parts["_g"], parts["_v"])
-    if style == "legacy prune" and parts["_mask"].shape == parts["_orig"].shape:
-        return Inferred(Mask(), *_Pruned(style, (), ()).read(parts))
     inexact = all(part.is_floating_point() or part.is_complex() for part in parts.values())
-    if style == "legacy spectral_norm" and inexact:
-        return _infer_spectral_norm(parts["_orig"], parts["_u"], parts["_v"])
-    if style == "torch" and inexact and names == {"original", "0._u", "0._v"}:
-        return _infer_spectral_norm(parts["original"], parts["0._u"], parts["0._v"])
-    return None
+    match style, sorted(parts):
+        case ("legacy weight_norm", ["_g", "_v"]) if inexact:
+            return _infer_weight_norm(parts["_g"], parts["_v"])
+        case ("funcparam", ["raw.direction", "raw.magnitude"]) if inexact:
+            return _infer_weight_norm(parts["raw.magnitude"], parts["raw.direction"])
+        case ("legacy prune", ["_mask", "_orig"]) if parts["_mask"].shape == parts["_orig"].shape:
+            return Inferred(Mask(), *_Pruned(style, (), ()).read(parts))
+        case ("legacy spectral_norm", ["", "_orig", "_u"]):
+            return Inferred(Identity(), parts[""], {})
+        case ("legacy spectral_norm", ["_orig", "_u", "_v"]) if inexact:
+            return _infer_spectral_norm(parts["_orig"], parts["_u"], parts["_v"])
+        case ("torch", ["0._u", "0._v", "original"]) if inexact:
+            return _infer_spectral_norm(parts["original"], parts["0._u"], parts["0._v"])
+        case ("funcparam", ["raw", "state.u", "state.v"]) if inexact:
+            return _infer_spectral_norm(parts["raw"], parts["state.u"], parts["state.v"])
+        case _:
+            return None
 
 
 def _infer_weight_norm(magnitude: Tensor, direction: Tensor) -> Inferred | None:
     # The norm runs over every dimension where the magnitude has size 1: one of size 1 in the
     # direction too may be either, which is the same norm.
-    shape = tuple(magnitude.shape) or (1,) * direction.ndim
+    if direction.is_complex():
+        return None
+    shape = (1,) * direction.ndim if magnitude.numel() == 1 else tuple(magnitude.shape)
     kept = [i for i, size in enumerate(shape) if size != 1]
     dim = kept[0] if kept else None
     expected = tuple(n if i == dim else 1 for i, n in enumerate(direction.shape))
@@ -226,9 +303,28 @@ def _infer_weight_norm(magnitude: Tensor, direction: Tensor) -> Inferred | None:
 
 
 def _infer_spectral_norm(raw: Tensor, u: Tensor, v: Tensor) -> Inferred | None:
+    dim = _dim_of_vectors(raw, u, v)
+    return None if dim is None else Inferred(SpectralNorm(dim), raw, {"u": _unit(u), "v": _unit(v)})
+
+
+def _dim_of_vectors(raw: Tensor, u: Tensor, v: Tensor) -> int | None:
+    """The dimension whose rows u and v belong to: by their lengths, else by their numbers."""
     if u.ndim != 1 or v.ndim != 1 or raw.ndim < 2 or math.prod(raw.shape) != len(u) * len(v):
         return None
     dims = [i for i, size in enumerate(raw.shape) if size == len(u)]
-    if len(dims) != 1:  # the rows may be any of them, and each gives another value
+    if len(dims) <= 1:
+        return dims[0] if dims else None
+    if not all(map(readable, (raw, u, v))):
         return None
-    return Inferred(SpectralNorm(dims[0]), raw, {"u": u, "v": v})
+    # A step ends with v = X^H u / |X^H u|. One step of an optimizer later their cosine was still
+    # above 0.98 along the right dimension, and at most 0.4 along any other.
+    found = {dim: _cosine(raw.movedim(dim, 0).flatten(1), u, v) for dim in dims}
+    best = max(found, key=found.__getitem__)
+    others = [cosine for dim, cosine in found.items() if dim != best]
+    return best if found[best] > 0.9 and max(others) < 0.7 else None
+
+
+def _cosine(X: Tensor, u: Tensor, v: Tensor) -> float:
+    image = X.mH @ u
+    norms: Tensor = linalg.vector_norm(image) * linalg.vector_norm(v)
+    return float(torch.vdot(v, image).real / norms) if norms else 0.0

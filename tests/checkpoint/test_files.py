@@ -147,6 +147,8 @@ def test_no_other_code_reads_files():
     for path in Path(fp.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".load", ".loads")):
+                if ast.unparse(node.func) == "json.loads":  # text, which runs nothing
+                    continue
                 assert ast.unparse(node.func) == "torch.load", path
                 assert "weights_only=True" in map(ast.unparse, node.keywords), path
             if isinstance(node, ast.Attribute | ast.Name):
