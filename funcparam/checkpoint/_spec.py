@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -160,14 +160,12 @@ def of_header(header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _as_json(x: Any) -> Any:
-    """A transform, or an argument of one."""
+    """A transform with the arguments of its class, which are attributes of it; or an argument."""
     if isinstance(x, Transform):
-        own = cast("Any", x)
-        named = fields(own) if is_dataclass(own) else ()
-        return {
-            "class": _name(type(own)),
-            **{f.name: _as_json(getattr(own, f.name)) for f in named},
-        }
+        own: Any = cast("Any", x)
+        kind: Any = type(own)
+        arguments = [name for name in inspect.signature(kind).parameters if hasattr(own, name)]
+        return {"class": _name(kind), **{a: _as_json(getattr(own, a)) for a in arguments}}
     if isinstance(x, (tuple, list)):
         return [_as_json(y) for y in cast("tuple[Any, ...]", x)]
     if isinstance(x, float) and not math.isfinite(x):
@@ -222,7 +220,7 @@ def _made(x: Any, known: Known) -> Any:
 
 
 def _called(made: Any, arguments: dict[str, Any]) -> Any:
-    """Call a class with its fields, some of which it may take one by one."""
+    """Call a class with its arguments, some of which it may take one by one."""
     several: tuple[Any, ...] = ()
     for name, parameter in inspect.signature(made).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL and name in arguments:

@@ -1,6 +1,7 @@
 """Files: ties and views, formats that others read, and no code run on load."""
 
 import ast
+import json
 import os
 import pickle
 import subprocess
@@ -87,6 +88,107 @@ def test_of_a_view_only_its_own_entries_are_written(tmp_path, name):
     assert os.path.getsize(tmp_path / name) < 40_000
     loaded = checkpoint.load(tmp_path / name)
     assert all(torch.equal(loaded[key], view) for key, view in views.items())
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda z: {"a": z, "b": z.mH},
+        lambda z: {"a": z, "b": z.conj()},
+        lambda z: {"b": z.conj()},
+        lambda z: {"a": z.imag, "b": z.conj().imag},
+        lambda z: {"b": z.conj().imag},
+        lambda z: {"a": z.real.clone(), "b": torch._neg_view(z.real.clone())},
+        lambda z: {"a": z, "b": z.T.conj(), "c": z.mH, "d": z.conj().conj()},
+    ],
+)
+def test_conjugated_and_negated_views(tmp_path, name, views):
+    given = views(torch.randn(3, 3, dtype=torch.complex64))
+    checkpoint.save(given, tmp_path / name)
+    loaded = checkpoint.load(tmp_path / name)
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in given.items())
+    assert not any(tensor.is_conj() or tensor.is_neg() for tensor in loaded.values())
+
+
+NOTES = [
+    {"weight": "bias", "best": "weight"},
+    {"best": "weight", "epoch": "3"},
+    {"funcparam": "a note"},
+    {"format": "pt"},
+]
+
+
+@pytest.mark.parametrize("header", NOTES)
+def test_notes_in_a_header_are_no_tensors(tmp_path, header):
+    stored = {"weight": torch.ones(2), "bias": torch.zeros(2)}
+    safetensors.torch.save_file(stored, tmp_path / "a.safetensors", metadata=header)
+    loaded = checkpoint.load(tmp_path / "a.safetensors")
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in stored.items())
+
+
+def test_ties_that_safetensors_wrote(tmp_path):
+    net = Tied()
+    safetensors.torch.save_model(net, str(tmp_path / "a.safetensors"))
+    loaded = checkpoint.load(tmp_path / "a.safetensors")
+    assert loaded.keys() == net.state_dict().keys()
+    assert loaded["encoder.weight"].data_ptr() == loaded["decoder.weight"].data_ptr()
+
+
+def write_shards(folder, tensors, end):
+    """What save_pretrained lays out."""
+    weight_map = {k: f"model-{i % 3 + 1:05}-of-00003.{end}" for i, k in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        part = {key: t for key, t in tensors.items() if weight_map[key] == file}
+        checkpoint.save(part, folder / file)
+    index = folder / f"model.{end}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+def test_shards_with_an_index(tmp_path, end):
+    net, _ = mixed()
+    tensors = net.state_dict()
+    index = write_shards(tmp_path, tensors, end)
+    for path in (index, tmp_path):
+        loaded = checkpoint.load(path)
+        assert loaded.keys() == tensors.keys()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in tensors.items())
+    (tmp_path / f"model-00002-of-00003.{end}").unlink()
+    with pytest.raises(FileNotFoundError):
+        checkpoint.load(index)
+
+
+def test_a_folder_with_one_file(tmp_path):
+    checkpoint.save({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert checkpoint.load(tmp_path)["w"] == 1
+    checkpoint.save({"w": torch.ones(1)}, tmp_path / "other.bin")
+    with pytest.raises(ValueError, match=r"got \['model.safetensors', 'other.bin'\]"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": 3}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"w": "../a.safetensors"}}',
+        '{"weight_map": {"w": "/etc/passwd"}}',
+        '{"weight_map": {"w": 3}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_broken_index(tmp_path, text):
+    checkpoint.save({"w": torch.ones(1)}, tmp_path.parent / "a.safetensors")
+    (tmp_path / "a.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"expected an index, JSON with a 'weight_map'"):
+        checkpoint.load(tmp_path)
 
 
 @FORMATS
