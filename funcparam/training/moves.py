@@ -74,7 +74,8 @@ def move(
         True
     """
     _expect_same_weights(p, q)
-    new_raw, new_state = _moved(p, q, raw, state)
+    with torch.no_grad():
+        new_raw, new_state = _moved(p, q, raw, state)
     result: dict[str, Raw] = {}
     writes: list[Callable[[], object]] = []
     for name, own in new_raw.items():

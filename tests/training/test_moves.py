@@ -1,0 +1,217 @@
+"""Moves: the same values from another raw, in the tensors that an optimizer has."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import funcparam as fp
+from funcparam.training import moves
+from funcparam.transforms import (
+    Affine,
+    Chain,
+    Frozen,
+    LoRA,
+    Orthogonal,
+    Positive,
+    SpectralNorm,
+    WeightNorm,
+)
+
+OPTIMIZERS = {
+    "sgd": lambda tensors: torch.optim.SGD(tensors, lr=0.05, momentum=0.9),
+    "adam": lambda tensors: torch.optim.Adam(tensors, lr=0.05, amsgrad=True),
+    "muon": lambda tensors: torch.optim.Muon(tensors, lr=0.05),
+}
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def trained(p, values, make, steps=3):
+    """Raw, state and an optimizer that has taken some steps towards a random target."""
+    raw, state = p.init(values)
+    optimizer = make(fp.trainable(raw))
+    for target in torch.randn(steps, *values["w"].shape, dtype=values["w"].dtype):
+        step(p, raw, state, optimizer, target)
+    return raw, state, optimizer
+
+
+def step(p, raw, state, optimizer, target):
+    optimizer.zero_grad()
+    (p(raw, state)["w"] * target).sum().backward()
+    optimizer.step()
+
+
+def rules(transform):
+    values = {"w": torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q}
+    return values, fp.parametrize(values, {"w": transform})
+
+
+@every_optimizer
+def test_rebase_keeps_values_tensors_and_training(make):
+    values, p = rules(Orthogonal())
+    raw, state, optimizer = trained(p, values, make)
+    before = p(raw, state)["w"].detach().clone()
+    moved, new_state = fp.move(p, p, raw, state, optimizer)
+    assert moved["w"] is raw["w"]
+    assert raw["w"].requires_grad
+    assert raw["w"].eq(0).all()
+    torch.testing.assert_close(p(moved, new_state)["w"], before)
+    assert not any(t.requires_grad for t in new_state["w"].values())
+    step(p, moved, new_state, optimizer, torch.randn(4, 4, dtype=torch.float64))
+    assert (p(moved, new_state)["w"] - before).abs().max() > 1e-3
+
+
+def test_a_gradient_is_carried_exactly():
+    """A first moment that is one gradient becomes the gradient by the new raw."""
+    values, p = rules(Orthogonal("cayley"))
+    target = torch.randn(4, 4, dtype=torch.float64)
+    raw, state = p.init(values)
+    with torch.no_grad():
+        raw["w"].normal_(0, 0.3)
+    optimizer = torch.optim.SGD(fp.trainable(raw), lr=0.0, momentum=0.9)
+    step(p, raw, state, optimizer, target)
+    raw, state = fp.move(p, p, raw, state, optimizer)
+    optimizer.zero_grad()
+    (p(raw, state)["w"] * target).sum().backward()
+    torch.testing.assert_close(optimizer.state[raw["w"]]["momentum_buffer"], raw["w"].grad)
+
+
+def test_squares_are_carried_exactly_by_scales():
+    """From w = 2 x to w = 4 y: gradients double, their squares quadruple."""
+    values, p = rules(Affine(scale=2.0))
+    q = fp.parametrize(values, {"w": Affine(scale=4.0)})
+    raw, state, optimizer = trained(p, values, OPTIMIZERS["adam"])
+    old = {k: v.clone() for k, v in optimizer.state[raw["w"]].items()}
+    fp.move(p, q, raw, state, optimizer)
+    new = optimizer.state[raw["w"]]
+    torch.testing.assert_close(new["exp_avg"], 2 * old["exp_avg"])
+    torch.testing.assert_close(new["exp_avg_sq"], 4 * old["exp_avg_sq"])
+    torch.testing.assert_close(new["max_exp_avg_sq"], 4 * old["max_exp_avg_sq"])
+    assert new["step"] == old["step"]
+
+
+@every_optimizer
+def test_a_rule_that_is_added_changed_and_removed(make):
+    net = nn.Linear(3, 3, bias=False, dtype=torch.float64)
+    chain = [[], {"weight": WeightNorm()}, {"weight": LoRA(1)}, {"weight": SpectralNorm()}, []]
+    if make is OPTIMIZERS["muon"]:
+        chain[1:3] = [{"weight": Affine(scale=3.0)}]
+    ps = [fp.parametrize(net, rules) for rules in chain]
+    raw, state = ps[0].init(net)
+    optimizer = make(fp.trainable(raw))
+    for p, q in itertools.pairwise(ps):
+        for _ in range(2):
+            optimizer.zero_grad()
+            p(raw, state)["weight"].sin().sum().backward()
+            optimizer.step()
+        goal = p(raw, state)["weight"].detach().clone()
+        if isinstance(q.get("weight"), SpectralNorm):
+            goal /= torch.linalg.matrix_norm(goal, 2)
+        raw, state = fp.move(p, q, raw, state, optimizer)
+        torch.testing.assert_close(q(raw, state)["weight"], goal)
+        held = {id(t) for group in optimizer.param_groups for t in group["params"]}
+        assert held == {id(t) for t in fp.named(raw).values()}
+        assert all(t.requires_grad for t in fp.named(raw).values())
+
+
+def test_weights_whose_rule_stays_are_left_alone():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    p = fp.parametrize(net, {"0.weight": Orthogonal()})
+    q = fp.parametrize(net, {**p, "1.weight": WeightNorm()})
+    raw, state = p.init(net)
+    with torch.no_grad():
+        raw["0.weight"].normal_()
+    moved, new_state = fp.move(p, q, raw, state)
+    assert moved["0.weight"] is raw["0.weight"]
+    assert raw["0.weight"].ne(0).any()
+    assert new_state["0.weight"] is state["0.weight"]
+    assert q(moved, new_state).keys() == p(raw, state).keys()
+
+
+def test_through_groups():
+    """The optimizer of fp.groups is carried along, with kernels that it steps by views."""
+    net = nn.Conv1d(2, 3, 2)
+    p = fp.parametrize(net, {"weight": WeightNorm()})
+    raw, state = p.init(net)
+    groups = fp.groups(raw, p, net)
+    optimizer = groups.optimizer()
+    p(raw, state)["weight"].sin().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        raw["weight"]["direction"].mul_(5)
+    before = p(raw, state)["weight"].detach()
+    fp.move(p, fp.parametrize(net, {"weight": Chain(WeightNorm(), Affine(2.0))}), raw, state)
+    raw, state = fp.move(p, p, raw, state, optimizer)
+    torch.testing.assert_close(p(raw, state)["weight"], before / 2)
+    with pytest.raises(ValueError, match="'weight': raw changes its shape, and the optimizer of"):
+        fp.move(p, fp.parametrize(net, []), raw, state, optimizer)
+
+
+def test_frozen_and_untrained():
+    values, p = rules(Frozen())
+    raw, state = p.init(values)
+    q = fp.parametrize(values, {"w": Orthogonal()})
+    moved, _ = fp.move(p, q, raw, state)
+    assert not moved["w"].requires_grad
+
+
+@pytest.mark.parametrize("name", ["_moved", "carried", "moments", "_chart"])
+def test_nothing_is_half_moved(monkeypatch, name):
+    """Whatever fails, and wherever, nothing has changed."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    p = fp.parametrize(net, {"*.weight": Orthogonal()})
+    raw, state = p.init(net)
+    optimizer = torch.optim.Adam(fp.trainable(raw), lr=0.1)
+    torch.nn.functional.linear(torch.ones(3), p(raw, state)["1.weight"]).sin().sum().backward()
+    p(raw, state)["0.weight"].sin().sum().backward()
+    optimizer.step()
+    before = copy.deepcopy((raw, state, optimizer.state_dict()))
+    real, calls = getattr(moves, name), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == (1 if name == "_moved" else 2):
+            raise RuntimeError("injected")
+        return real(*args)
+
+    monkeypatch.setattr(moves, name, failing)
+    with pytest.raises(RuntimeError, match="injected"):
+        fp.move(p, p, raw, state, optimizer)
+    torch.testing.assert_close((raw, state, optimizer.state_dict()), before, rtol=0, atol=0)
+
+
+def test_what_cannot_be_moved():
+    values, p = rules(Orthogonal())
+    raw, state, optimizer = trained(p, values, OPTIMIZERS["adam"])
+    stranger = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(ValueError, match="'w': expected an optimizer that has this tensor of raw"):
+        fp.move(p, p, raw, state, stranger)
+    adagrad = torch.optim.Adagrad(fp.trainable(raw))
+    with pytest.raises(ValueError, match="'w': expected moments exp_avg, .*; got 'sum' of Adagrad"):
+        fp.move(p, p, raw, state, adagrad)
+    with pytest.raises(ValueError, match="'w': expected parametrizations of the same weights"):
+        fp.move(p, fp.parametrize({"v": values["w"]}, []), raw, state, optimizer)
+    negative = fp.parametrize(values, {"w": Positive()})
+    before = copy.deepcopy(raw)
+    with pytest.raises(ValueError, match="'w': Positive.* expects every entry"):
+        fp.move(p, negative, raw, state, optimizer)
+    assert torch.equal(raw["w"], before["w"])
+
+
+def test_moving_at_each_step_is_riemannian_descent():
+    """Along the gradient of the embedded Stiefel manifold, and back by the polar factor."""
+    V = torch.linalg.qr(torch.randn(5, 3, dtype=torch.float64)).Q
+    A = torch.randn(5, 3, dtype=torch.float64)
+    p = fp.parametrize({"w": V}, {"w": Orthogonal("newton_schulz")})
+    raw, state = p.init({"w": V})
+    optimizer = torch.optim.SGD(fp.trainable(raw), lr=0.1)
+    for _ in range(20):
+        step(p, raw, state, optimizer, A)
+        raw, state = fp.move(p, p, raw, state, optimizer)
+        U, _, Vh = torch.linalg.svd(
+            V - 0.1 * (A - V @ (V.mT @ A + A.mT @ V) / 2), full_matrices=False
+        )
+        V = U @ Vh
+        torch.testing.assert_close(p(raw, state)["w"], V)
