@@ -9,6 +9,7 @@ import pytest
 
 import funcparam
 import funcparam.transforms
+from tests.processes import python
 
 ROOT = Path(funcparam.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -123,13 +124,8 @@ def test_files_hold_one_idea(path):
     assert len(path.read_text().splitlines()) <= 450
 
 
-def fresh(code):
-    """Run code in a new interpreter."""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_import_is_light():
-    fresh(
+    code = (
         "import sys, torch\n"
         "loaded = set(sys.modules)\n"
         "import funcparam\n"
@@ -145,10 +141,12 @@ def test_import_is_light():
         "transforms = {m.split('.')[-1] for m in own if m.startswith('funcparam.transforms.')}\n"
         "assert transforms <= files, transforms\n"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_import_leaves_torch_alone():
-    fresh(
+    python(
+        "-c",
         "import random, torch\n"
         "from torch.nn.utils import parametrizations, parametrize\n"
         "def state():\n"
@@ -166,7 +164,7 @@ def test_import_leaves_torch_alone():
         "import funcparam, funcparam.compat\n"
         "from funcparam.transforms import *\n"
         "funcparam.checkpoint.explain({})\n"
-        "assert state() == before\n"
+        "assert state() == before\n",
     )
 
 
@@ -181,14 +179,15 @@ def test_names_that_are_imported_late_are_what_they_say():
 
 
 def test_everything_is_reached_from_the_package():
-    fresh(
+    python(
+        "-c",
         "import funcparam as fp\n"
         "with fp.compat.installed(): pass\n"
         "assert fp.checkpoint.read\n"
         "assert fp.__version__ == '0.1.0'\n"
         "assert dir(fp) == sorted([*fp.__all__, '__version__']), dir(fp)\n"
         "from funcparam import *\n"
-        "assert compat is fp.compat\n"
+        "assert compat is fp.compat\n",
     )
 
 

@@ -2,17 +2,16 @@
 
 import itertools
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.processes import python
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_quickstart(tmp_path):
     picture = tmp_path / "quickstart.png"
-    command = [sys.executable, ROOT / "examples" / "quickstart.py", "--quick", "--out", picture]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = python(ROOT / "examples" / "quickstart.py", "--quick", "--out", picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert float(re.search(r"outputs differ by (\S+)", out)[1]) < 1e-6
     rows = {
@@ -26,8 +25,7 @@ def test_quickstart(tmp_path):
 
 def test_maml(tmp_path):
     picture = tmp_path / "maml.png"
-    command = [sys.executable, ROOT / "examples" / "maml_sinusoid.py", "--quick", "--out", picture]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = python(ROOT / "examples" / "maml_sinusoid.py", "--quick", "--out", picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert float(re.search(r"funcparam's weight norm +(\S+)", out)[1]) < 1e-6
     assert float(re.search(r"torch's weight norm +(\S+)", out)[1]) > 1e-3
@@ -38,8 +36,7 @@ def test_maml(tmp_path):
 
 def test_legacy_vocoder(tmp_path):
     picture = tmp_path / "vocoder.png"
-    command = [sys.executable, ROOT / "examples" / "legacy_vocoder.py", "--quick", "--out", picture]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = python(ROOT / "examples" / "legacy_vocoder.py", "--quick", "--out", picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "<All keys matched successfully>" in out
     assert "deepcopy: torch's hooks raise RuntimeError, here works" in out
@@ -58,8 +55,7 @@ def test_legacy_vocoder(tmp_path):
 
 def test_lora(tmp_path):
     picture = tmp_path / "lora.png"
-    command = [sys.executable, ROOT / "examples" / "lora_minilm.py", "--quick", "--out", picture]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = python(ROOT / "examples" / "lora_minilm.py", "--quick", "--out", picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     trained = {"head only": 770, "LoRA, rank 8": 74498, "DoRA, rank 8": 79106}
     for label, size in trained.items():
@@ -76,8 +72,7 @@ def test_lora(tmp_path):
 
 def test_ensemble(tmp_path):
     picture = tmp_path / "ensemble.png"
-    command = [sys.executable, ROOT / "examples" / "ensemble.py", "--quick", "--out", picture]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = python(ROOT / "examples" / "ensemble.py", "--quick", "--out", picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert float(re.search(r"they differ by (\S+)", out)[1]) < 1e-5
     for kind in ("clean", "noisy"):
@@ -101,8 +96,7 @@ def test_ensemble(tmp_path):
 def test_compiled_training(tmp_path):
     picture = tmp_path / "compiled.png"
     program = ROOT / "examples" / "compiled_training.py"
-    command = [sys.executable, program, "--quick", "--out", picture]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = python(program, "--quick", "--out", picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     graphs, breaks = re.search(r"^funcparam, compiled +\S+ +\S+ +(\d+) +(\d+)", out, re.M).groups()
     assert (graphs, breaks) == ("1", "0")
@@ -115,8 +109,7 @@ def test_compiled_training(tmp_path):
 
 def test_orthogonal_rnn(tmp_path):
     picture = tmp_path / "orthogonal_rnn.png"
-    command = [sys.executable, ROOT / "examples" / "orthogonal_rnn.py", "--quick", "--out", picture]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = python(ROOT / "examples" / "orthogonal_rnn.py", "--quick", "--out", picture)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     copying, adding = out.split("adding", 1)
     baseline = float(re.search(r"without memory (\S+)", copying)[1])

@@ -1,13 +1,10 @@
 """The module shell on two processes: losses, gradients and values are those of one process."""
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import funcparam as fp
 from funcparam.binding import call
 from funcparam.transforms import LoRA, Orthogonal, SpectralNorm, WeightNorm
+from tests.processes import on_two
 
 RULES = {
     "0.weight": Orthogonal(),
@@ -48,33 +46,31 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def worker(rank, port, kind, results):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+KINDS = ["ddp", "fully_shard", "ddp, recompute", "fully_shard, recompute"]
+
+
+def worker(rank):
     call.SMALLEST = 0  # in this process: every value counts as large
+    return {kind: trained(rank, kind) for kind in KINDS}
+
+
+def trained(rank, kind):
     model, x = model_and_data(recompute="recompute" in kind)
     wrapped = DistributedDataParallel(model) if "ddp" in kind else fully_shard(model)
     losses = train(wrapped, [x[4 * rank :][:4]] * 3)
     dist.all_reduce(losses)
-    values = {name: full(t).detach() for name, t in model.state_dict().items()}
-    if rank == 0:
-        results["losses"], results["state"] = losses / 2, values
-    folded = model.fold()  # gathers, so on every process
-    if rank == 0:
-        results["weight"] = folded[0].weight.detach()
-    dist.barrier()
-    dist.destroy_process_group()
+    state = {name: full(t).detach() for name, t in model.state_dict().items()}
+    return losses / 2, state, model.fold()[0].weight.detach()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fully_shard", "ddp, recompute", "fully_shard, recompute"])
-def test_two_processes_equal_one(kind):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(worker, (port, kind, results), nprocs=2)
-        losses, state, weight = results["losses"], results["state"], results["weight"]
+@pytest.fixture(scope="module")
+def results():
+    return on_two(worker)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(kind, results):
+    losses, state, weight = results[kind]
     model, x = model_and_data()
     alone = copy.deepcopy(model)
     torch.testing.assert_close(losses, train(alone, [x] * 3))

@@ -3,8 +3,6 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from funcparam.transforms import (
     full_precision,
 )
 from tests.networks import Classifier, Tied, mixed, mlp
+from tests.processes import python
 
 RULES = {"rnn.weight_hh_*": Orthogonal(), "head.weight": SpectralNorm(), "rnn.*": WeightNorm()}
 
@@ -218,8 +217,8 @@ def test_a_folded_module_loads_in_a_process_without_funcparam(tmp_path):
         f"net = torch.load({str(tmp_path / 'plain.pt')!r}, weights_only=False)\n"
         "print(net(torch.ones(1, 6)).sum().item())"
     )
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert float(out.stdout) == pytest.approx(model.eval()(torch.ones(1, 6)).sum().item())
+    out = python("-c", code)
+    assert float(out) == pytest.approx(model.eval()(torch.ones(1, 6)).sum().item())
 
 
 def convolutional():

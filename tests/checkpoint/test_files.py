@@ -4,8 +4,6 @@ import ast
 import json
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from funcparam import checkpoint
 from funcparam.transforms import Mask, SpectralNorm, WeightNorm
 from tests.effort import examples
 from tests.networks import Tied, mixed
+from tests.processes import python
 
 FORMATS = pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
 
@@ -305,7 +304,7 @@ def test_without_safetensors_only_its_own_files_fail(tmp_path):
         "else:\n"
         "    raise SystemExit('no error')\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    python("-c", code, cwd=tmp_path)
 
 
 def test_a_model_saved_whole_loads_in_a_process_that_never_saw_it(tmp_path):
@@ -321,4 +320,4 @@ def test_a_model_saved_whole_loads_in_a_process_that_never_saw_it(tmp_path):
         "x = torch.ones(2, 4)\n"
         "assert torch.equal(plain(x), shell.eval()(x))\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    python("-c", code, cwd=tmp_path)

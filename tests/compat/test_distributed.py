@@ -4,18 +4,16 @@ Known problem 19: after `fully_shard` torch's own weights cannot be read in most
 """
 
 import copy
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from funcparam.compat.parametrizations import orthogonal, spectral_norm, weight_norm
+from tests.processes import on_two
 
 
 def model_and_data():
@@ -44,30 +42,30 @@ def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def worker(rank, port, kind, results):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+KINDS = ["ddp", "fully_shard"]
+
+
+def worker(rank):
+    return {kind: trained(rank, kind) for kind in KINDS}
+
+
+def trained(rank, kind):
     model, x = model_and_data()
     wrapped = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model)
     losses = train(wrapped, [x[4 * rank :][:4]] * 3)
     dist.all_reduce(losses)
     raw = {name: full(tensor).detach() for name, tensor in model.state_dict().items()}
-    values = [layer.weight.detach() for layer in model.eval()]
-    if rank == 0:
-        results["losses"], results["raw"], results["values"] = losses / 2, raw, values
-    dist.barrier()
-    dist.destroy_process_group()
+    return losses / 2, raw, [layer.weight.detach() for layer in model.eval()]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fully_shard"])
-def test_two_processes_equal_one(kind):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(worker, (port, kind, results), nprocs=2)
-        losses, raw, values = results["losses"], results["raw"], results["values"]
+@pytest.fixture(scope="module")
+def results():
+    return on_two(worker)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(kind, results):
+    losses, raw, values = results[kind]
     model, x = model_and_data()
     alone = copy.deepcopy(model)
     torch.testing.assert_close(losses, train(alone, [x] * 3))

@@ -16,6 +16,7 @@ from funcparam import compat
 from funcparam.compat import parametrizations, parametrize
 from funcparam.compat.__main__ import main
 from tests.compat.parts import Double
+from tests.processes import python
 
 
 def everything():
@@ -95,9 +96,8 @@ print(weight_norm.__module__, sys.argv[1:], __name__)
 def test_running_a_script(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "funcparam.compat"]
-    done = subprocess.run([*command, script, "a", "-b"], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[0] == "funcparam.compat.parametrizations ['a', '-b'] __main__"
+    out = python("-m", "funcparam.compat", script, "a", "-b")
+    assert out.split("\n")[0] == "funcparam.compat.parametrizations ['a', '-b'] __main__"
 
 
 def test_usage(monkeypatch, capsys):
@@ -118,12 +118,9 @@ def test_running_a_module(tmp_path):
     (package / "other.py").touch()
     for name in ("train", "__main__"):
         (package / f"{name}.py").write_text(f"{SCRIPT}from . import other\nprint(sys.argv[0])\n")
-    command = [sys.executable, "-m", "funcparam.compat", "-m"]
     for module, file in [("pkg.train", "train.py"), ("pkg", "__main__.py")]:
-        done = subprocess.run(
-            [*command, module, "a", "-b"], capture_output=True, text=True, check=True, cwd=tmp_path
-        )
-        first, path = done.stdout.splitlines()
+        out = python("-m", "funcparam.compat", "-m", module, "a", "-b", cwd=tmp_path)
+        first, path = out.splitlines()
         assert first == "funcparam.compat.parametrizations ['a', '-b'] __main__"
         assert path == str(package / file)
 

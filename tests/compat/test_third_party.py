@@ -1,18 +1,16 @@
 """Programs on libraries that use torch's parametrizations, unchanged, under the runner."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import python
 
 PROGRAMS = sorted((Path(__file__).parent / "third_party").glob("*.py"))
 
 
 def losses(*command):
-    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [float(line) for line in run.stdout.splitlines()]
+    return [float(line) for line in python(*command).splitlines()]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)

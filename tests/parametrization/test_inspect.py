@@ -5,8 +5,6 @@ import dataclasses
 import html.parser
 import io
 import re
-import subprocess
-import sys
 
 import matplotlib as mpl
 import pytest
@@ -33,6 +31,7 @@ from funcparam.transforms import (
 )
 from tests.cases import CASES
 from tests.networks import mixed, mlp
+from tests.processes import python
 
 mpl.use("Agg")
 
@@ -346,7 +345,7 @@ def test_tables_need_neither_rich_nor_matplotlib():
         "tables = [p, p.summary(*p.init(net)), p.plan()]\n"
         "assert all(str(t) and t._repr_html_() for t in tables)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
 
 
 # What an optimizer takes
