@@ -544,6 +544,14 @@ CASES = [
         complex=True,
     ),
     Case(
+        UnitNorm(dim=(1, -1), radius=2.0),
+        ((2, 3, 2),),
+        lambda x: 2 * x / x.norm(dim=(1, 2), keepdim=True),
+        lambda x: 2 * x / x.norm(dim=(1, 2), keepdim=True),
+        complex=True,
+    ),
+    Case(UnitNorm(dim=None, radius=None), ((3, 4), (2, 3, 2, 2), ()), complex=True),
+    Case(
         StableDiagonal(pairs=True),
         ((4, 2), (2, 3, 2)),
         lambda x: torch.view_as_real(_complex_of_pairs(torch.view_as_complex(x))),

@@ -51,6 +51,7 @@ class BOFT(Transform[Mapping[str, Tensor]]):
     roles: ClassVar[Mapping[str, Role]] = {"R": "relative", "s": "magnitude"}
 
     is_adapter: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, Role]] = {"R": "relative", "s": "magnitude"}
 
     block_size: int
     factors: int = 1

@@ -59,6 +59,11 @@ class DeLoRA(Transform[Mapping[str, Tensor]]):
     roles: ClassVar[Mapping[str, Role]] = {"A": "factor", "B": "factor", "lambda": "magnitude"}
 
     is_adapter: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, Role]] = {
+        "A": "direction",
+        "B": "direction",
+        "lambda": "magnitude",
+    }
 
     rank: int
     strength: float = 15.0

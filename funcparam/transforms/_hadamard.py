@@ -11,6 +11,7 @@ from torch import Tensor
 from funcparam.transforms._parts import Parts, checked_parts, merged
 from funcparam.transforms.contract.base import AnyTransform, State
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 
 
 @final
@@ -52,6 +53,10 @@ class Hadamard(Parts):
 
     def __repr__(self) -> str:
         return f"Hadamard({', '.join(map(repr, self.parts))})"
+
+    def role(self, key: str) -> Role:
+        role = super().role(key)
+        return "factor" if role == "weight" else role
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

@@ -53,6 +53,7 @@ class HRA(Transform[Tensor]):
     roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
     is_adapter: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
     rank: int
 

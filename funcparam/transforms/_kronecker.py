@@ -71,8 +71,8 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
             raise ValueError(f"Kronecker expects left to be two positive sides; got {self.left}")
 
     def role(self, key: str) -> Role:
-        factor, _, own = key.partition(".")
-        role = {"A": self.A, "B": self.B}[factor].role(own)
+        name, _, own = key.partition(".")
+        role = (self.A if name == "A" else self.B).role(own)
         return "factor" if role == "weight" else role
 
     @full_precision

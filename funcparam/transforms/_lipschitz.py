@@ -157,6 +157,11 @@ class AOL(Transform[Tensor]):
         return (kernel * _per_input(d, kernel)).reshape(value.shape), {}
 
     @full_precision
+    def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
+        length, size = largest(raw), largest(self.forward(raw, state))
+        return raw * torch.where(length > 0, size / torch.where(length > 0, length, 1), 1), state
+
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the spectral norm is above 1; a kernel's on a torus four times as wide as it."""
         return (operator_norm(grouped(value, self.groups)) - 1).clamp_min(0)

@@ -90,6 +90,14 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
         direction = torch.where(norm == 0, torch.ones_like(value), scaled)
         return {"magnitude": norm * scale, "direction": direction}, {}
 
+    @full_precision
+    def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
+        magnitude = raw["magnitude"]
+        # of magnitude 0 the direction has to stay, and one of length 1 is as good as any
+        length = torch.where(magnitude == 0, 1, magnitude.abs())
+        direction = self.forward({**raw, "magnitude": length}, state)
+        return {"magnitude": magnitude, "direction": direction}, state
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Zero: every tensor is the product of a magnitude and a direction."""
         return value.new_zeros(())

@@ -13,6 +13,7 @@ from funcparam.transforms._parts import Parts, checked_parts, merged
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument, expect_choice
 from funcparam.transforms.contract.base import AnyTransform, State, expect_filled, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 
 
@@ -74,6 +75,10 @@ class Product(Parts):
 
     def __repr__(self) -> str:
         return f"Product({', '.join(map(repr, self.parts))}, inner={self.inner!r})"
+
+    def role(self, key: str) -> Role:
+        role = super().role(key)
+        return "factor" if role == "weight" else role
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

@@ -50,6 +50,7 @@ class RandLoRA(Transform[Mapping[str, Tensor]]):
     roles: ClassVar[Mapping[str, Role]] = {"lambda": "magnitude", "gamma": "magnitude"}
 
     is_adapter: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, Role]] = {"lambda": "magnitude", "gamma": "magnitude"}
 
     rank: int
     alpha: float | None = None

@@ -136,6 +136,10 @@ class SpectralNorm(Transform[Tensor]):
             v = self._direction((X * u.unsqueeze(-1)).sum(-2), v)
         return {"u": u, "v": v}
 
+    @full_precision
+    def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.forward(raw, state), state
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """|largest singular value - 1|."""
         if value.ndim == 1:

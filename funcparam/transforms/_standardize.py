@@ -73,6 +73,11 @@ class WeightStandardization(Transform[Tensor]):
     ) -> tuple[Tensor, State]:
         return value, {}
 
+    @full_precision
+    def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
+        varies = self._deviation(raw - self._mean(raw)) >= self.eps
+        return torch.where(varies, self.forward(raw, state), raw), state
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest |mean| or |deviation - 1|."""
         mean = self._mean(value)

@@ -12,6 +12,7 @@ from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._parts import Parts, checked_parts, merged
 from funcparam.transforms.contract.base import AnyTransform, State
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.roles import Role
 
 
 @final
@@ -60,6 +61,11 @@ class Sum(Parts):
 
     def __repr__(self) -> str:
         return f"Sum({', '.join(map(repr, self.parts))})"
+
+    def role(self, key: str) -> Role:
+        role = super().role(key)
+        beside_a_base = any(isinstance(part, Frozen) for part in self.parts)
+        return "relative" if role == "weight" and beside_a_base else role
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

@@ -120,7 +120,11 @@ class Transform(ABC, Generic[R]):
         return torch.func.vmap(self.update)(raw, dict(state))
 
     def rebase(self, raw: R, state: State) -> tuple[R, State]:
-        """Move the base point to the current value, which stays; the identity without one."""
+        """Move the base point to the current value, which stays.
+
+        Where the length of raw does not matter, it becomes that of the value: it would only grow,
+        and the steps of an optimizer shrink against it. The identity where there is neither.
+        """
         return raw, state
 
     @abstractmethod
