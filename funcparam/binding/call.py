@@ -23,6 +23,7 @@ from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.tree import flatten
 from funcparam.transforms.contract.base import AnyTransform, State
 from funcparam.transforms.contract.signature import describe
+from funcparam.transforms.contract.steps import updated
 
 _checkpoint = cast("Any", checkpoint.checkpoint)  # pyright: ignore[reportUnknownMemberType]
 
@@ -118,10 +119,9 @@ class ParametrizedCall:
         if not (late or (self._recompute and torch.compiler.is_compiling())):
             return self.parametrization.advance(raw, state)
         others, new = self._rest.advance(*self._of_the_rest(raw, state))
-        with torch.no_grad():
-            for name, transform in self._transforms.items():
-                if name in state:
-                    new[name] = transform.update(raw[name], state[name])
+        for name, transform in self._transforms.items():
+            if name in state:
+                new[name] = updated(transform, raw[name], state[name])
         make = self._when_read if late else self._as_compilers_do
         return make(others, raw, new), new
 

@@ -216,8 +216,7 @@ class Parametrized(nn.Module):
         may come before one backward, which needs the state of each.
         """
         values, new = self._call.advanced(raw, state)
-        with torch.no_grad():
-            overwrite(state, new)
+        overwrite(state, new)
         return values
 
     def _own_buffers(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from funcparam.compat import _private
 from funcparam.transforms import AnyTransform, Transform
+from funcparam.transforms.contract.steps import updated
 
 
 class TransformModule(nn.Module):
@@ -46,7 +47,7 @@ class TransformModule(nn.Module):
         """Map raw to the value, after one step of what evolves if in training mode."""
         named, state = self.named(raw), self.state()
         if self.evolves and self.training:
-            state = self.transform.update(named, state)
+            state = updated(self.transform, named, state)
             self._store(state)
         return self.transform.forward(named, state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, TypeAlias, cast, final
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from funcparam.parametrization.boundary import Entry, RawTree, StateTree
 from funcparam.transforms.contract.base import AnyTransform, Raw, State, Transform
+from funcparam.transforms.contract.steps import detached, updated
 
 Stack: TypeAlias = "tuple[Any, State]"
 """Raw and state of a group, each tensor with the leaves along dimension 0."""
@@ -114,14 +116,13 @@ class Plan:
             new.update((n, s) for n, s in zip(names, own, strict=True) if n in state)
         for transform, name in single:
             own = state.get(name, {})
-            if name in state and _evolves(transform):
-                with torch.no_grad():
-                    new[name] = own = transform.update(raw[name], own)
+            if own and _evolves(transform):
+                new[name] = own = updated(transform, raw[name], own)
             values[name] = transform.forward(raw[name], own)
         return values, new
 
     def update(self, raw: RawTree, state: StateTree) -> dict[str, State]:
-        """Advance what evolves."""
+        """Advance what evolves, without gradients."""
         new = dict(state)
         stacks, single = self._parts()
         for transform, names in stacks:
@@ -129,8 +130,8 @@ class Plan:
                 own, _ = _advanced(transform, *_gathered(names, raw, state))
                 new.update((name, s) for name, s in zip(names, own, strict=True) if s)
         for transform, name in single:
-            if name in state:
-                new[name] = transform.update(raw[name], state[name])
+            if name in state and _evolves(transform):
+                new[name] = updated(transform, raw[name], state[name])
         return new
 
 
@@ -145,8 +146,7 @@ def _evaluate(
     """Map raw to the values of a stacked group in one call, and with `advance` its state first."""
     raws, states, stack = _gathered(names, raw, state)
     if advance and _evolves(transform):
-        with torch.no_grad():
-            states, stack = _advanced(transform, raws, states, stack)
+        states, stack = _advanced(transform, raws, states, stack)
     if stack is None:
         return list(map(transform.forward, raws, states)), states
     return _leaves(transform.forward_stacked(*stack)), states
@@ -168,12 +168,12 @@ def _advanced(
     transform: AnyTransform, raws: Sequence[Raw], states: Sequence[State], stack: Stack | None
 ) -> tuple[Sequence[State], Stack | None]:
     """Update the state of a stacked group; what has none has nothing to update."""
-    if len(states[0]) == 0:  # in a trace every mapping proxy is true
+    if not states[0]:
         return states, stack
     if stack is None:
-        return list(map(transform.update, raws, states)), None
+        return list(map(partial(updated, transform), raws, states)), None
     raw, own = stack
-    own = transform.update_stacked(raw, own)
+    own = transform.update_stacked(detached(raw), detached(own))
     return _apart(own), (raw, own)
 
 

@@ -29,6 +29,7 @@ from funcparam.parametrization.table import Table, Tabular
 from funcparam.parametrization.tree import flatten
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
 from funcparam.transforms.contract.precision import autocast_off, widened
+from funcparam.transforms.contract.steps import rebased
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,7 +146,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         """Advance what evolves outside of training by one step, and return the new state.
 
         Power iteration, for one. Call it once a training step. What does not evolve is the
-        same tensor in the result.
+        same tensor in the result; the rest carries no gradients.
         """
         state = self._check(raw, state)
         return explained(self.entries, self._plan.update, raw, state)
@@ -153,14 +154,17 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     def rebase(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Raw], dict[str, State]]:
         """Move base points to the current values, which stay as they are.
 
-        An optimizer's momentum belongs to the old raw: set it to zero. Source: dynamic
-        trivializations, Lezcano-Casado, arXiv 1909.09501.
+        Where a base point moves, raw is a new tensor, detached, which requires grad if the old one
+        did (not inside of a `torch.func` transform, where no tensor can be made to). An optimizer
+        still has the old one: copy the new entries into it, under `no_grad`, and set its momentum,
+        which belongs to the old ones, to zero. Source: dynamic trivializations, Lezcano-Casado,
+        arXiv 1909.09501.
         """
         state = self._check(raw, state)
         new_raw, new_state = dict(raw), dict(state)
         for name, transform in self._transforms.items():
             own = state.get(name, {})
-            new_raw[name], own = transform.rebase(raw[name], own)
+            new_raw[name], own = rebased(transform, raw[name], own)
             if own:
                 new_state[name] = own
         return new_raw, new_state

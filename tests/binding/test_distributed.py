@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import funcparam as fp
 from funcparam.binding import call
-from funcparam.transforms import LoRA, Orthogonal, SpectralNorm, WeightNorm
+from funcparam.transforms import Affine, Chain, LoRA, Orthogonal, SpectralNorm, WeightNorm
 from tests.processes import on_two
 
 RULES = {
@@ -76,3 +77,32 @@ def test_two_processes_equal_one(kind, results):
     torch.testing.assert_close(losses, train(alone, [x] * 3))
     torch.testing.assert_close(state, dict(alone.state_dict()))
     torch.testing.assert_close(weight, alone.fold()[0].weight.detach())
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """A group of this process alone, whose gradients are reduced in buckets of any size."""
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # its own collectives
+@pytest.mark.usefixtures("one_process")
+def test_a_compiled_step_in_several_buckets(recompute):
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 7))
+    rules = {"[01].weight": SpectralNorm(), "2.weight": Chain(SpectralNorm(), Affine(scale=2.0))}
+    model = fp.Parametrized(net, fp.parametrize(net, rules), recompute=recompute)
+    expected = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=1e-4)
+    x = torch.randn(2, 4)
+    out = torch.compile(wrapped, backend=counter)(x)
+    assert torch.is_grad_enabled()
+    assert counter.frame_count > 1  # the graph was cut at the buckets
+    torch.testing.assert_close(out, expected(x))
+    torch.testing.assert_close(dict(model.state_dict()), dict(expected.state_dict()))
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -2,7 +2,8 @@
 
 import copy
 import pickle
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, final
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 import funcparam as fp
 from funcparam.transforms import (
+    FixedRank,
     Frozen,
     Interval,
     LoRA,
@@ -20,6 +22,7 @@ from funcparam.transforms import (
     Positive,
     SpectralNorm,
     Symmetric,
+    Transform,
     WeightNorm,
 )
 from tests.networks import Classifier, Tied, loss_of, mixed, mlp
@@ -114,6 +117,97 @@ def test_rebase_keeps_the_values_and_moves_the_base():
     torch.testing.assert_close(p(new_raw, new_state), p(raw, state))
     assert new_raw["0.weight"].count_nonzero() == 0
     assert equal(new_raw["2.weight"]["magnitude"], raw["2.weight"]["magnitude"])
+
+
+@final
+@dataclass(frozen=True)
+class Centred(Transform):
+    """A transform as users write it: `update` and `rebase` detach nothing."""
+
+    stacks_up_to = 9
+
+    def forward(self, raw, state):
+        return raw - state["mean"] + state["base"]
+
+    def right_inverse(self, value, *, generator=None):
+        return torch.zeros_like(value), {"mean": torch.zeros_like(value), "base": value}
+
+    def update(self, raw, state):
+        return {"mean": 0.9 * state["mean"] + 0.1 * raw, "base": state["base"]}
+
+    def rebase(self, raw, state):
+        return torch.zeros_like(raw), {**state, "base": state["base"] + raw}
+
+    def violation(self, value, state):
+        return value.new_zeros(())
+
+
+@pytest.fixture(params=[1, 4], ids=["alone", "stacked"])
+def centred(request):
+    tree = {f"w{i}": torch.rand(2) for i in range(request.param)}
+    p = fp.parametrize(tree, {"*": Centred()})
+    raw, state = p.init(tree)
+    return p, noisy(raw), state
+
+
+STEPS = [
+    lambda p, raw, state: p.update(raw, state),
+    lambda p, raw, state: p.advance(raw, state)[1],
+    lambda p, raw, state: p.rebase(raw, state)[1],
+]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=["update", "advance", "rebase"])
+def test_steps_outside_of_training_carry_no_gradients(centred, step):
+    p, raw, state = centred
+
+    def total(raw, state):
+        return sum(t.sum() for own in step(p, raw, state).values() for t in own.values())
+
+    fp.trainable(raw)
+    for _ in range(2):  # a second backward would need the graph of the first
+        p(raw, state)["w0"].square().sum().backward()
+        state = step(p, raw, state)
+    assert not any(t.requires_grad for own in state.values() for t in own.values())
+    with torch.no_grad():
+        raw = noisy(raw)
+    assert all(t.count_nonzero() == 0 for t in grad(total)(raw, state).values())
+    second = grad(lambda raw: sum(t.sum() for t in grad(total)(raw, state).values()))(raw)
+    assert all(t.count_nonzero() == 0 for t in second.values())
+    _, tangent = jvp(lambda raw: total(raw, state), (raw,), (raw,))
+    assert tangent == 0
+
+
+def test_rebase_keeps_what_is_trained():
+    net, p = mixed()
+    raw, state = p.init(net)
+    raw = noisy(raw)
+    fp.trainable(raw)
+    raw["0.bias"].requires_grad_(requires_grad=False)
+    expected = p(raw, state)
+    for _ in range(2):
+        new_raw, state = p.rebase(raw, state)
+        assert [name for name, own in raw.items() if new_raw[name] is not own] == ["0.weight"]
+        assert new_raw["0.weight"].is_leaf
+        assert new_raw["0.weight"].requires_grad
+        raw = new_raw
+        torch.testing.assert_close(p(raw, state), expected)
+        p(raw, state)["0.weight"].square().sum().backward()  # no graph of before goes through it
+    raw["0.weight"].requires_grad_(requires_grad=False)
+    assert not p.rebase(raw, state)[0]["0.weight"].requires_grad
+
+
+def test_rebase_of_named_raw_keeps_what_does_not_move():
+    value = torch.randn(3, 3)
+    p = fp.parametrize({"w": value}, {"w": FixedRank(rank=2)})
+    raw, state = p.init({"w": value})
+    fp.trainable(raw)
+    raw["w"]["U"].requires_grad_(requires_grad=False)
+    new = p.rebase(raw, state)[0]["w"]
+    assert [key for key, old in raw["w"].items() if new[key] is old] == ["S"]
+    assert [key for key, t in new.items() if t.requires_grad] == ["S", "V"]
+    stack = tree_map(lambda t: torch.stack([t, t]), (raw, state))
+    assert vmap(p.rebase)(*stack)[0]["w"]["U"].count_nonzero() == 0
 
 
 def test_log_abs_det_jacobian_adds_up_and_names_who_has_none():

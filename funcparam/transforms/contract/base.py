@@ -108,7 +108,9 @@ class Transform(ABC, Generic[R]):
     def update(self, raw: R, state: State) -> State:
         """Take one step of whatever evolves outside of training; most transforms have nothing.
 
-        What does not evolve is returned as the same tensor, so `is` tells what changed.
+        What does not evolve is returned as the same tensor, so `is` tells what changed. The step is
+        constant to differentiation: `p.update` and `p.advance` give it raw and state detached, so
+        it needs no `detach` or `no_grad` of its own.
         """
         return state
 
@@ -123,7 +125,9 @@ class Transform(ABC, Generic[R]):
         """Move the base point to the current value, which stays.
 
         Where the length of raw does not matter, it becomes that of the value: it would only grow,
-        and the steps of an optimizer shrink against it. The identity where there is neither.
+        and the steps of an optimizer shrink against it. The identity where there is neither. What
+        does not move is returned as the same tensor. As `update`, it is given raw and state
+        detached.
         """
         return raw, state
 
