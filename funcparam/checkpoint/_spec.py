@@ -232,7 +232,7 @@ def _signature(
     names: tuple[str, ...], transform: AnyTransform | None, spec: TensorSpec
 ) -> Signature:
     try:
-        return signature(transform, spec.meta())
+        return signature(transform, spec)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{names[0]!r}: the file says {spec}, but {error}") from error
 

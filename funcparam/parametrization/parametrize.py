@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
@@ -12,7 +13,13 @@ from funcparam.parametrization.boundary import Entry
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.selection import Rule, Rules, picked_by, select
 from funcparam.parametrization.tree import Leaf, flatten
-from funcparam.transforms.contract.signature import signature
+from funcparam.transforms.contract.signature import (
+    Signature,
+    TensorSpec,
+    expect_dense,
+    expect_static,
+    signature,
+)
 
 Params = TypeVar("Params")
 
@@ -118,10 +125,12 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
     kept = [leaf for leaf in leaves if not leaf.is_buffer or leaf.names[0] in chosen]
     left = [leaf for leaf in leaves if leaf.is_buffer and leaf.names[0] not in chosen]
     buffers = tuple(leaf.names[0] for leaf in left if any(map(_is_saved, leaf.owners)))
-    return Parametrization(tuple(_entry(leaf, chosen) for leaf in kept), structure, buffers)
+    work_out = cache(signature)  # of equal layers once
+    entries = tuple(_entry(leaf, chosen, work_out) for leaf in kept)
+    return Parametrization(entries, structure, buffers)
 
 
-def _entry(leaf: Leaf, chosen: Mapping[str, Rule]) -> Entry:
+def _entry(leaf: Leaf, chosen: Mapping[str, Rule], work_out: Callable[..., Signature]) -> Entry:
     name = leaf.names[0]
     if is_lazy(leaf.tensor):
         raise ValueError(
@@ -130,7 +139,10 @@ def _entry(leaf: Leaf, chosen: Mapping[str, Rule]) -> Entry:
         )
     selector, transform = chosen.get(name, (name, None))
     try:
-        return Entry(leaf.names, signature(transform, leaf.tensor), transform)
+        if transform is not None:
+            expect_static(transform)
+            expect_dense(transform, leaf.tensor)
+        return Entry(leaf.names, work_out(transform, TensorSpec.of(leaf.tensor)), transform)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name!r}: {error}{picked_by(selector, name)}") from error
 

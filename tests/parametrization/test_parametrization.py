@@ -593,3 +593,18 @@ def test_frozen_leaves_nothing_to_train():
     assert raw["0.weight"] == {}
     g = grad(loss_of(net, p))(raw, state, torch.ones(1, 6).double(), torch.ones(1, 6).double())
     assert g["0.weight"] == {}
+
+
+def test_equal_leaves_are_worked_out_once():
+    seen = []
+
+    def doubled(raw):
+        seen.append(raw.shape)
+        return 2 * raw
+
+    net = nn.Sequential(*[nn.Linear(3, 3) for _ in range(5)], nn.Linear(3, 4))
+    p = fp.parametrize(net, {"*.weight": fp.transform(doubled, lambda value: value / 2)})
+    assert seen == [(3, 3), (4, 3)]
+    assert [entry.name for entry in p.entries if entry.transform] == [
+        f"{i}.weight" for i in range(6)
+    ]

@@ -60,20 +60,18 @@ class Signature:
     state: NamedSpecs
 
 
-def signature(transform: AnyTransform | None, value: Tensor) -> Signature:
-    """Run `transform` on a meta tensor like `value`; None passes the value through as raw.
+def signature(transform: AnyTransform | None, spec: TensorSpec) -> Signature:
+    """Run `transform` on a meta tensor; None passes the value through as raw.
 
     Raises:
         ValueError: the transform cannot serve such a value, or returns one of another shape or
             dtype; nothing was computed.
         TypeError: it returns something else than tensors.
     """
-    spec = TensorSpec.of(value)
     if transform is None:
         return Signature(spec, spec, ())
-    _expect_static(transform)
-    _expect_dense(transform, value)
-    transform.check(value)
+    expect_static(transform)
+    transform.check(spec.meta())
     raw: Any
     state: State
     try:
@@ -97,7 +95,8 @@ def signature(transform: AnyTransform | None, value: Tensor) -> Signature:
     return found
 
 
-def _expect_static(transform: AnyTransform) -> None:
+def expect_static(transform: AnyTransform) -> None:
+    """Raise TypeError unless the transform is hashable."""
     try:
         hash(transform)
     except TypeError as error:
@@ -107,7 +106,8 @@ def _expect_static(transform: AnyTransform) -> None:
         ) from error
 
 
-def _expect_dense(transform: AnyTransform, value: Tensor) -> None:
+def expect_dense(transform: AnyTransform, value: Tensor) -> None:
+    """Raise ValueError for sparse tensors."""
     if value.layout is not torch.strided:
         raise ValueError(
             f"{transform!r} expects a dense tensor; got {value.layout}. Give it value.to_dense(),"
