@@ -1,9 +1,15 @@
+import os
+
+# Small matrices gain nothing from more threads, and the cores are shared by the tests and by the
+# programs that they start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
 import tests.effort  # noqa: F401  (registers the profile that an option of pytest may name)
 
-torch.set_num_threads(1)  # small matrices gain nothing from more, and the tests share the cores
+torch.set_num_threads(1)
 torch.manual_seed(0)  # for the arguments of tests, which each worker draws when it collects
 
 

@@ -153,7 +153,7 @@ def main():
     parser.add_argument("files", nargs="*", type=Path, help="all, if none is given")
     parser.add_argument("--count", type=int, default=5, help="mutants of each file")
     parser.add_argument("--seconds", type=float, default=300, help="after which one is killed")
-    parser.add_argument("--least", type=float, default=0.85, help="the share to be killed")
+    parser.add_argument("--least", type=float, default=0.9, help="the share to be killed")
     options = parser.parse_args()
     package = ROOT / "funcparam"
     every = [
