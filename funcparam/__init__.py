@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from funcparam import transforms
 from funcparam.binding.call import ParametrizedCall, recompute
 from funcparam.binding.fold import fold
-from funcparam.binding.functional_call import FunctionalCall, functional_call
+from funcparam.binding.functional_call import FunctionalCall, bound, functional_call
 from funcparam.binding.module import Parametrized
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.parametrize import parametrize
@@ -28,6 +28,7 @@ __all__ = [
     "ParametrizedCall",
     "Transform",
     "checkpoint",
+    "bound",
     "compat",
     "fold",
     "functional_call",

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from funcparam.binding.modes import is_plain_eager
+from funcparam.binding.sharding import sharded_like
 from funcparam.parametrization.boundary import Entry
 from funcparam.transforms.contract.base import Raw, State
 from funcparam.transforms.contract.signature import TensorSpec
@@ -52,21 +54,41 @@ def paths(name: str, tensors: Raw) -> list[tuple[str, Tensor]]:
     return [(f"{name}.{key}", tensor) for key, tensor in tensors.items()]
 
 
-def place(root: nn.Module, path: str, tensor: Tensor, *, persistent: bool = True) -> None:
-    """Register `tensor` at a dotted path below `root`, making plain modules on the way."""
+class Held(nn.Module):
+    """Raw or state below one name; what hangs a computation on it would have no effect."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse: what is trained is what the transforms take."""
+        raise TypeError(
+            f"{name!r}: raw and state of a Parametrized take no other tensors; nothing would read"
+            " them. torch.nn.utils.prune is the transform Mask here, and torch.nn.utils.parametrize"
+            " a Chain"
+        )
+
+    def register_forward_pre_hook(self, *_: Any, **__: Any) -> Any:
+        """Refuse: nothing calls this module."""
+        raise TypeError(
+            "raw and state of a Parametrized are never called, so a hook would not run. Register it"
+            " on the Parametrized, or on a module of its net"
+        )
+
+
+def place(root: nn.Module, path: str, tensor: Tensor) -> None:
+    """Keep `tensor` at a dotted path below `root`, making modules on the way.
+
+    In the tables, past `nn.Module`, where a key may not have the name of a method.
+    """
     *parents, local = path.split(".")
     for parent in parents:
-        if parent not in root._modules:  # pyright: ignore[reportPrivateUsage]
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
+        root = cast("nn.Module", root._modules.setdefault(parent, Held()))
     if isinstance(tensor, nn.Parameter):
-        root.register_parameter(local, tensor)
+        root._parameters[local] = tensor
     else:
-        root.register_buffer(local, tensor, persistent=persistent)
+        root._buffers[local] = tensor
 
 
 def overwrite(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Copy what changed into the tensors of `old`."""
+    """Copy what changed into the tensors of `old`, of which no gradient is asked."""
     changed: list[tuple[Tensor, Tensor]] = []
     for name, given in new.items():
         own = old[name]
@@ -74,9 +96,12 @@ def overwrite(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
             changed.append((own, given))
         else:
             changed += [(own[key], tensor) for key, tensor in given.items()]
-    changed = [(own, given) for own, given in changed if given is not own]
-    if changed:
+    changed = [(own, sharded_like(own, given)) for own, given in changed if given is not own]
+    if changed and is_plain_eager():
         torch._foreach_copy_(*map(list, zip(*changed, strict=True)))  # pyright: ignore
+    else:  # vmap has a rule for this one, and a compiler joins them itself
+        for own, given in changed:
+            own.copy_(given)
 
 
 def _below(root: nn.Module, path: list[str], keys: list[str]) -> dict[str, Tensor]:

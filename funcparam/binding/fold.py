@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any, cast
 
@@ -58,26 +58,31 @@ def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         if chosen.setdefault(id(old), value) is not value:
             raise ValueError(f"values: {name!r} is tied; got two different tensors for its tie")
 
-    def write(old: Tensor) -> Tensor:
-        new = chosen.get(id(old), old)
-        return torch.empty_like(old, dtype=new.dtype, device=new.device).copy_(new.detach())
-
-    return replaced(net, write)
-
-
-def replaced(net: nn.Module, new: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Copy `net` with `new(t)` in the place of each of its parameters and buffers `t`.
-
-    As a memo of deepcopy, so that ties stay ties, and lists of weights that modules keep beside
-    their parameters (RNNs do) hold the new ones too.
-    """
     memo: dict[int, Any] = {}
     for leaf in flatten(net)[0]:
         old = leaf.tensor
-        tensor = new(old)
-        memo[id(old)] = (
-            tensor if leaf.is_buffer else nn.Parameter(tensor, requires_grad=old.requires_grad)
-        )
+        value = chosen.get(id(old))
+        if value is not None:
+            own = copied(value, old)
+            memo[id(old)] = own if leaf.is_buffer else nn.Parameter(own, old.requires_grad)
+    return copy_of(net, memo)
+
+
+def copied(value: Tensor, like: Tensor) -> Tensor:
+    """A value for good, laid out as the tensor whose place it takes."""
+    own = torch.empty_like(like, dtype=value.dtype, device=value.device)
+    return own.copy_(value.detach())
+
+
+def copy_of(net: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy `net`, with `memo[id(t)]` in the place of each of its tensors `t`, if it is there.
+
+    By deepcopy, so that ties stay ties, what shares memory shares memory, and lists of weights that
+    modules keep beside their parameters (RNNs do) hold the new ones too.
+    """
+    for buffer in net.buffers():
+        if not buffer.is_leaf:  # what the network wrote there came with a graph
+            memo.setdefault(id(buffer), buffer.detach().clone())
     try:
         return deepcopy(net, memo)
     except RuntimeError as error:

@@ -1,53 +1,22 @@
-"""`torch.func.functional_call`, prepared once for a module."""
+"""`torch.func.functional_call`, prepared once for a module, and its block for any method."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from operator import getitem, is_, itemgetter, setitem
-from threading import RLock
-from typing import Any, cast, final
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Never
 
-Place = tuple[dict[str, Any], str]
-"""The table of a submodule, and the key in it, under which a tensor is kept."""
+from funcparam.binding.binding import Binding, traced
+from funcparam.binding.places import Places, Tree, lock_of
+from funcparam.binding.reading import Reading
+from funcparam.parametrization.names import closest
+from funcparam.transforms.contract.signature import describe
 
-_values = cast("Any", dict.values)
-_get = cast("Any", dict.get)
-_tables: Any = itemgetter("_parameters", "_buffers", "_modules")
-
-
-@dataclass(frozen=True)
-class Swap:
-    """Where the tensors of one list of names go: to a place each, then to those tied to it."""
-
-    names: list[str]
-    tables: list[dict[str, Any]]
-    keys: list[str]
-    sources: list[int]
-    """Which of the names each further place has its tensor from."""
-
-    def take(self) -> list[Any]:
-        """Read from the tables."""
-        return list(map(getitem, self.tables, self.keys))
-
-    def put(self, tensors: list[Any]) -> None:
-        """Write into the tables."""
-        deque(map(setitem, self.tables, self.keys, tensors), maxlen=0)
-
-    def written(self, tensors: list[Any]) -> Iterator[tuple[str, Any]]:
-        """The names with another tensor in their first place than was put there."""
-        found: list[Any] = list(map(_get, self.tables, self.keys))
-        if all(map(is_, found, tensors)):
-            return
-        for i, name in enumerate(self.names):
-            if found[i] is not tensors[i] and self.keys[i] in self.tables[i]:
-                yield name, found[i]
+Net = TypeVar("Net", bound=nn.Module)
 
 
 @final
@@ -59,8 +28,8 @@ class FunctionalCall:
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
-        self._lock = RLock()
-        self._prepare()
+        self._tree = Tree(net)
+        self._lock = lock_of(net)
 
     def __call__(
         self,
@@ -68,6 +37,7 @@ class FunctionalCall:
         args: Any = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
+        tie_weights: bool = True,
         strict: bool = False,
     ) -> Any:
         """Call the module with `params`, and leave it as it was.
@@ -78,109 +48,105 @@ class FunctionalCall:
                 replaced in the dict.
             args: positional arguments; anything but a tuple is the only one.
             kwargs: keyword arguments.
+            tie_weights: whether one name of a tie serves all.
             strict: whether `params` has to have exactly the module's names.
 
         Raises:
             ValueError: names of one tie are given different tensors, or two dicts have a name
                 in common.
-            RuntimeError: names are missing or unknown with `strict`.
+            RuntimeError: names are missing or unknown with `strict`, or the module is scripted,
+                traced or `DataParallel`.
             AttributeError, TypeError: a name leads nowhere, or to no tensor.
         """
         positional = cast("tuple[Any, ...]", args) if isinstance(args, tuple) else (args,)
-        if strict or not isinstance(params, dict):
-            return self._by_torch(params, positional, kwargs, strict=strict)
+        keywords = dict(kwargs or {})
+        if strict or not tie_weights or not isinstance(params, dict):
+            return self._by_torch(params, positional, keywords, tie_weights, strict)
         if torch.compiler.is_compiling():
-            # Looking for ties is half of what it takes to trace a call.
-            ties = len(self._aliases) > 0 or params.keys() != self._place.keys()
-            return self._by_torch(params, positional, kwargs, tie_weights=ties)
+            return self._traced(params, positional, keywords)
+        return self.call(params, positional, keywords)
+
+    def call(
+        self,
+        params: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reading: Reading | None = None,
+    ) -> Any:
+        """Call with `params` and what is made when the module reads it, outside of compilers."""
         with self._lock:  # other threads wait; the same one may call again
-            if not self._is_as_prepared():
-                self._prepare()
-            swap = self._swap_of(params)
-            if swap is None:
-                return self._by_torch(params, positional, kwargs)
+            places = self._places(params)
+            if places is None and reading is None:
+                return self._by_torch(params, args, kwargs)
+            if places is None or (reading is not None and not reading.finds(self._tree.at)):
+                raise ValueError(self._why_not(params))
             tensors = [*params.values()]
-            tensors += [tensors[i] for i in swap.sources]
-            try:
-                before = swap.take()
-            except KeyError:  # a tensor has another name by now
-                self._prepare()
-                return self(params, args, kwargs)
-            try:
-                swap.put(tensors)
-                return self.net(*positional, **(kwargs or {}))
-            finally:
-                params.update(swap.written(tensors))
-                swap.put(before)
+            with Binding(self._lock, places, tensors, reading):
+                try:
+                    return self.net(*args, **kwargs)
+                finally:
+                    params.update(places.written(tensors))
 
     def __reduce__(self) -> Any:
         return FunctionalCall, (self.net,)
 
-    def _by_torch(self, params: Any, args: Any, kwargs: Any, **how: bool) -> Any:
-        """Whatever is not proven to be the same is left to PyTorch."""
-        own = None if kwargs is None else dict(kwargs)
-        return torch.func.functional_call(self.net, params, args, own, **how)
+    @contextmanager
+    def bound(self, values: Mapping[str, Tensor]) -> Generator[None]:
+        """See [`bound`][funcparam.bound]."""
+        for name, tensor in values.items():
+            if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"values[{name!r}]: expected a tensor; got {describe(tensor)}")
+        with self._lock:
+            places = self._places(values)
+            if places is None:
+                raise ValueError(self._why_not(values))
+            with Binding(self._lock, places, [*values.values()]):
+                yield
 
-    def _swap_of(self, params: dict[str, Tensor]) -> Swap | None:
+    def _by_torch(
+        self,
+        params: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tie_weights: bool = True,  # noqa: FBT001, FBT002
+        strict: bool = False,  # noqa: FBT001, FBT002
+    ) -> Any:
+        """Whatever is not proven to be the same is left to PyTorch."""
+        return torch.func.functional_call(
+            self.net, params, args, kwargs, tie_weights=tie_weights, strict=strict
+        )
+
+    def _places(self, params: Mapping[str, Any]) -> Places | None:
         """Where these tensors go; None if PyTorch has to say what to do with them."""
         if not all(issubclass(kind, Tensor) for kind in set(map(type, params.values()))):
             return None
-        names = list(params)
-        if self._last is None or self._last.names != names:
-            self._last = self._new_swap(names)
-        return self._last
-
-    def _new_swap(self, names: list[str]) -> Swap | None:
-        if not self._place.keys() >= set(names):
+        if not self._tree.is_as_prepared():
+            self._tree.prepare()
+        places = self._tree.places(list(params))
+        if places is None or (places.repeated and not places.agree([*params.values()])):
             return None
-        places = [self._place[name] for name in names]
-        if len({(id(table), key) for table, key in places}) < len(places):
-            return None  # several names of one tie
-        further = [
-            (i, place) for i, name in enumerate(names) for place in self._aliases.get(name, ())
-        ]
-        places += [place for _, place in further]
-        tables, keys = [table for table, _ in places], [key for _, key in places]
-        return Swap(names, tables, keys, [i for i, _ in further])
+        return places
 
-    def _prepare(self) -> None:
-        """Look up where every tensor of the tree is kept."""
-        named = cast(
-            "Iterator[tuple[str, nn.Module]]", self.net.named_modules(remove_duplicate=False)
-        )
-        tree = list(named)
-        if not all(isinstance(t, dict) for _, module in tree for t in _tables(vars(module))):
-            tree = []  # a part is scripted, and nothing is proven of it
-        modules: dict[int, dict[str, Any]] = {}
-        holder: dict[str, int] = {}
-        kept: dict[int, list[Place]] = {}
-        for path, module in tree:
-            for table in _tables(vars(module))[:2]:
-                for key, tensor in table.items():
-                    if tensor is None:
-                        continue
-                    holder[f"{path}.{key}" if path else key] = id(tensor)
-                    if id(module) not in modules:
-                        kept.setdefault(id(tensor), []).append((table, key))
-            modules[id(module)] = vars(module)
-        self._place = {name: kept[tensor][0] for name, tensor in holder.items()}
-        shared = len(set(holder.values())) < len(holder)
-        tied = holder.items() if shared else ()
-        self._aliases = {name: kept[tensor][1:] for name, tensor in tied}
-        self._last: Swap | None = None
-        self._modules = list(modules.values())
-        self._tables, self._entries = self._picture()
+    def _why_not(self, values: Mapping[str, Any]) -> str:
+        at = self._tree.at
+        for name in values:
+            if name not in at:
+                return f"values: unknown name {name!r}; {closest(name, [*at])}"
+        return "values: names of one tie have two different tensors"
 
-    def _is_as_prepared(self) -> bool:
-        tables, entries = self._picture()
-        return entries == self._entries and all(map(is_, tables, self._tables))
-
-    def _picture(self) -> tuple[list[dict[str, Any]], list[Any]]:
-        """All on which the places depend: the tables, what they hold, and under which keys."""
-        tables: list[dict[str, Any]] = list(chain.from_iterable(map(_tables, self._modules)))
-        filled = list(filter(None, tables))
-        entries = cast("Any", chain.from_iterable(map(_values, filled)))
-        return tables, [*map(id, entries), *chain.from_iterable(filled)]
+    def _traced(
+        self, params: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        at = self._tree.at
+        first = {name: at[name][0] for name in params if name in at}
+        given = {first[name]: tensor for name, tensor in params.items() if name in at}
+        ties_agree = all(given[first[name]] is params[name] for name in first)
+        if len(first) < len(params) or not ties_agree:
+            return self._by_torch(params, args, kwargs)
+        with traced([(tensor, place) for name, tensor in params.items() for place in at[name]]):
+            out = self.net(*args, **kwargs)
+            params.update({name: place.read() for name, place in first.items()})
+        return out
 
 
 def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
@@ -189,8 +155,10 @@ def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
     `functional_call(net)(params, args, kwargs)` returns what
     `torch.func.functional_call(net, params, args, kwargs)` returns, at about a tenth of its cost
     for many parameters: ties, buffers that the module replaces, and exceptions are treated alike.
-    Nested calls are served; threads that share it take turns. In a compiled function, and where
-    names are unknown, a tie is given twice or `strict` is asked for, it is PyTorch's own.
+    Two things are right that are not there: modules that are used at several places keep their own
+    tensors, and `torch.utils.checkpoint` inside of the network computes again with `params`.
+    Nested calls are served; threads that share the network take turns. Where names are unknown, a
+    tie is given twice, or `strict` or no `tie_weights` is asked for, it is PyTorch's own.
 
     Args:
         net: the module. It may change afterwards, but its ties not once a compiled function has
@@ -217,3 +185,35 @@ def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
             " called with the rest: fp.functional_call(net)(params, args, kwargs)"
         )
     return FunctionalCall(net)
+
+
+@contextmanager
+def bound(net: Net, values: Mapping[str, Tensor]) -> Generator[Net]:
+    """A block in which `net` has `values` in the place of its own tensors: call any method there.
+
+    `with fp.bound(net, p(raw, state)): net.generate(prompt)` is for methods what
+    [`functional_call`][funcparam.functional_call] is for `forward`. At its end, or where it fails,
+    the network has its own tensors again. Other threads that bind the same network wait.
+
+    Args:
+        net: the module.
+        values: tensors by name, such as `p(raw, state)` returns. One name of a tie serves all.
+
+    Yields:
+        `net` itself.
+
+    Raises:
+        TypeError: `net` is no module, or something in `values` is no tensor.
+        ValueError: a name is not one of the module's, or names of one tie have different tensors.
+
+    Example:
+        >>> import torch, funcparam as fp
+        >>> net = torch.nn.Linear(2, 1, bias=False)
+        >>> with fp.bound(net, {"weight": torch.ones(1, 2)}):
+        ...     net.extra_repr(), net(torch.ones(1, 2))
+        ('in_features=2, out_features=1, bias=False', tensor([[2.]]))
+    """
+    if not isinstance(net, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"bound expects a module; got {describe(net)}")
+    with FunctionalCall(net).bound(values):
+        yield net

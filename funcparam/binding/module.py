@@ -2,63 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import deepcopy
-from typing import Any, cast
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, wraps
+from inspect import ismethod, signature
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from funcparam.binding.call import ParametrizedCall, Values
-from funcparam.binding.dotted import at, collect, layout, overwrite, paths, place
-from funcparam.binding.fold import fold, replaced
+from funcparam.binding import loading
+from funcparam.binding.binding import Binding, traced
+from funcparam.binding.dotted import Held, at, collect, layout, overwrite, paths, place
+from funcparam.binding.evaluation import Evaluation, Values
+from funcparam.binding.fold import copy_of
+from funcparam.binding.guard import guard, unguard
 from funcparam.binding.modes import is_in_backward
-from funcparam.parametrization.boundary import RawTree, StateTree
+from funcparam.binding.places import Place, lock_of
+from funcparam.binding.sharding import whole
+from funcparam.binding.slots import Slots, places
+from funcparam.parametrization.boundary import Entry
 from funcparam.parametrization.parametrization import Parametrization
+from funcparam.parametrization.table import Table
 from funcparam.parametrization.tree import flatten
 from funcparam.transforms.contract.base import Raw, State
 from funcparam.transforms.contract.signature import describe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Parametrized(nn.Module):
     """A network with its parametrization, for those who train with modules.
 
-    It owns raw as parameters and state as buffers, and calls the network with the values, each
-    evaluated once a forward. In training mode every forward first advances what evolves
-    (`p.update`). Optimizers, `state_dict`, `.to`, `deepcopy`, `pickle`, `torch.compile` and
-    `torch.export` work as on any module.
+    `self.net` is a copy of the network that was given, which stays as it is; a child like any
+    other. It has its classes, attributes, hooks and buffers, and all parameters that no rule picks.
+    The place of a weight that has a rule is empty there (`None`): its raw is a parameter of
+    `self.raw`, its state a buffer of `self.state`. A call evaluates each map once, puts the values
+    into the network, calls it, and takes them out again. In training mode it first advances what
+    evolves (`p.update`).
 
-    `net` is copied: the one that was given stays as it is and shares nothing with this. The copy,
-    `self.net`, keeps its classes, hooks and attributes; its own tensors are empty ones on the meta
-    device, since the real ones are here:
+    Whatever a module can do, this can: optimizers, `.to`, `apply`, hooks, `deepcopy`, `pickle`,
+    `torch.compile`, `torch.export`. Attributes of the network are reached through it, and its
+    methods run with the values in place: `model.config`, `model.generate(...)`. Activation
+    checkpoints, `torch.utils.checkpoint`, may be inside of the network and around it.
 
-    * `raw.NAME`, `raw.NAME.KEY`: parameters (buffers where `NAME` is a buffer of the network),
-      with the `requires_grad` of the weights that they stand for (adapters always train);
-    * `state.NAME.KEY`: buffers;
-    * `net_buffers.NAME`: the network's own buffers, as persistent as they were.
+    The keys of `state_dict` are
+
+    * `raw.NAME`, `raw.NAME.KEY`: the parameters of a weight with a rule (buffers where `NAME` is a
+      buffer of the network), with the `requires_grad` of that weight (adapters always train);
+    * `state.NAME.KEY`: its buffers;
+    * `net.NAME`: everything else, as the network itself has it.
 
     `load_state_dict` takes these keys, and whatever else
     [`checkpoint.read`][funcparam.checkpoint.read] understands: plain and folded checkpoints, those
     of PyTorch's parametrizations and of its hooks.
 
     Without gradients each large value is made when the network reads it and dropped afterwards.
-
-    Threads that share it take turns (`DataParallel` replicas have networks of their own).
-    Activation checkpointing goes around this module, not inside of the network, where it would
-    compute again after the values are gone: an error about the meta device. What a network writes
-    to a buffer that is itself parametrized goes to the value and is lost.
+    Threads that share it take turns. What a network writes to a value is lost with it.
 
     Args:
         net: any module.
         p: a parametrization of it.
-        generator: as for [`Parametrization.init`][funcparam.Parametrization.init].
+        raw: what to start from, as [`Parametrization.init`][funcparam.Parametrization.init] returns
+            it, in the place of the network's weights; copied. [`raw_and_state`][..raw_and_state] is
+            the way back.
+        state: likewise.
+        generator: as for `init`.
         recompute: whether to drop large values in training too, and to make them again in
             backward; see [`funcparam.recompute`][]. It saves nothing under autocast, and is an
             error where the network itself calls `torch.func.grad` or `vjp`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `p.init(net)`.
+        TypeError, ValueError, NotImplementedError: as `p.init(net)`, or `p(raw, state)`.
 
     Example:
         >>> import torch, funcparam as fp
@@ -66,7 +84,7 @@ class Parametrized(nn.Module):
         >>> net = torch.nn.Linear(3, 2)
         >>> model = fp.Parametrized(net, fp.parametrize(net, {"weight": SpectralNorm()}))
         >>> list(model.state_dict())
-        ['raw.weight', 'raw.bias', 'state.weight.u', 'state.weight.v']
+        ['net.bias', 'raw.weight', 'state.weight.u', 'state.weight.v']
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> model(torch.ones(1, 3)).sum().backward()
         >>> optimizer.step()
@@ -75,14 +93,23 @@ class Parametrized(nn.Module):
     """
 
     net: nn.Module
-    _call: ParametrizedCall
     parametrization: Parametrization[dict[str, Tensor]]
+
+    _base: ClassVar[type[Parametrized]]
+    _made_for: ClassVar[type[nn.Module]]
+
+    def __new__(cls, net: nn.Module | None = None, *_: Any, **__: Any) -> Self:
+        """Make one of the class that has the signature of the network's `forward`."""
+        kind = cls if net is None else _kind(cls.__dict__.get("_base", cls), type(net))
+        return cast("Self", super().__new__(kind))
 
     def __init__(
         self,
         net: nn.Module,
         p: Parametrization[dict[str, Tensor]],
         *,
+        raw: Mapping[str, Raw] | None = None,
+        state: Mapping[str, State] | None = None,
         generator: torch.Generator | None = None,
         recompute: bool = False,
     ) -> None:
@@ -92,85 +119,146 @@ class Parametrized(nn.Module):
                 f"expected a parametrization; got {describe(p)}. fp.parametrize(net, rules) makes"
                 " one"
             )
-        raw, state = p.init(net, generator=generator)
+        values = p._values(net)  # pyright: ignore[reportPrivateUsage]
         _expect_same_ties(net, p)
-        self.parametrization = p
-        self.recompute = recompute
-        self._layout = list(map(layout, p.entries))
-        self.raw = nn.Module()
-        self.state = nn.Module()
-        self.net_buffers = nn.Module()
-        self._buffer_names: dict[str, str] = {}
-        for leaf in flatten(net)[0]:
-            name = leaf.names[0]
-            if name in raw:
-                adapts = name in p and p[name].is_adapter
-                grad = (leaf.tensor.requires_grad or adapts) and not leaf.is_buffer
-                for path, tensor in paths(name, raw[name]):
-                    own = tensor if leaf.is_buffer else nn.Parameter(tensor, requires_grad=grad)
-                    place(self.raw, path, own)
-                for path, tensor in paths(name, state.get(name, {})):
-                    place(self.state, path, tensor)
-            else:
-                persistent = any(map(_is_persistent, leaf.owners))
-                place(self.net_buffers, name, leaf.tensor.detach().clone(), persistent=persistent)
-                self._buffer_names |= dict.fromkeys(leaf.names, name)
-        # Not a child: its tensors are placeholders that nobody should train, move or save.
-        self._own(replaced(net, _to_meta))
-        super().train(net.training)  # and each part of the network as it was
+        ruled = Parametrization[dict[str, Tensor]](
+            tuple(entry for entry in p.entries if entry.transform is not None), None
+        )
+        if raw is None and state is None:
+            own = ruled.init({e.name: values[e.name] for e in ruled.entries}, generator=generator)
+            raw, state, given = *own, {}
+        else:
+            raw, state = _copied(raw or {}), _copied(state or {})
+            p._check(raw, state)  # pyright: ignore[reportPrivateUsage]
+            given = {e.name: raw[e.name] for e in p.entries if e.transform is None}
+        self.parametrization, self._ruled, self.recompute = p, ruled, recompute
+        self._layout = list(map(layout, ruled.entries))
+        self._flags = {e.name: values[e.name].requires_grad for e in ruled.entries}
+        self.net = _emptied(net, values, ruled.entries, given)
+        self.raw, self.state = Held(), Held()
+        buffers = {leaf.names[0] for leaf in flatten(net)[0] if leaf.is_buffer}
+        for entry in ruled.entries:
+            self._hold(entry, raw[entry.name], state.get(entry.name, {}), entry.name in buffers)
+        parameters = {name for e in ruled.entries if e.name not in buffers for name in e.names}
+        self._evaluation = Evaluation(ruled, parameters, recompute=recompute)
+        guard(at for own in self._looked_up().at.values() for at in own)
+        self.register_load_state_dict_post_hook(loading.in_words_of_the_file)
+        self.training = net.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with the parametrized values."""
-        with self._call.turn():
-            raw, state = self.raw_and_state()
-            evolves = self.training and not is_in_backward()  # where a checkpoint computes again
-            values = self._advanced(raw, state) if evolves else self._call.values(raw, state)
-            buffers = self._own_buffers()
-            bound = dict(buffers)
-            out = self._call.apply(values, args, kwargs, bound)
-            for name, old in buffers.items():
-                if bound[name] is not old:  # the network put another tensor in its buffer's place
-                    owner, _, local = self._buffer_names[name].rpartition(".")
-                    setattr(self.net_buffers.get_submodule(owner), local, bound[name].detach())
-            return out
+        with self.bound() as net:
+            return net(*args, **kwargs)
 
-    def _replicate_for_data_parallel(self) -> Self:
-        """Give each replica, which runs in a thread of its own, a network of its own to bind."""
-        replica = super()._replicate_for_data_parallel()  # pyright: ignore
-        replica._own(deepcopy(self.net))
-        return replica
+    @contextmanager
+    def bound(self) -> Generator[nn.Module]:
+        """A block in which the network has the values: call any method of it there.
 
-    def _own(self, net: nn.Module) -> None:
-        """Take `net` as the network, past nn.Module, which would count its tensors as ours."""
-        object.__setattr__(self, "net", net)
-        call = ParametrizedCall(net, self.parametrization, recompute=self.recompute)
-        object.__setattr__(self, "_call", call)
+        In training mode it first advances what evolves, as a call does.
 
-    def train(self, mode: bool = True) -> Self:  # noqa: FBT001
-        """Set training mode here and in the network."""
-        if "net" in self.__dict__:
-            self.net.train(mode)
-        return super().train(mode)
+        Yields:
+            The network, `self.net`. At the end of the block the values are taken out again.
+
+        Example:
+            >>> import torch, funcparam as fp
+            >>> from funcparam.transforms import Positive
+            >>> net = torch.nn.Embedding.from_pretrained(torch.ones(3, 2))
+            >>> model = fp.Parametrized(net, fp.parametrize(net, {"weight": Positive()}))
+            >>> with model.bound() as net:
+            ...     net.weight.sum()
+            tensor(6.)
+        """
+        if torch.compiler.is_compiling():  # which follows every table, and needs no lock
+            tensors = self._next().tensors
+            found = [(tensors[e.name], at) for e in self._ruled.entries for at in self._at(e)]
+            with traced(found):
+                yield self._net
+            return
+        with lock_of(self):
+            slots = self._looked_up()
+            with slots.lock:
+                slots.expect_empty()
+                tensors, reading = self._next()
+                places = slots.of(self._evaluation.at_once if reading else [*slots.at])
+                if reading is not None:
+                    reading.finds(slots.at)
+                values = [tensors[name] for name in places.names]
+                with Binding(slots.lock, places, values, reading):
+                    yield self._net
+
+    def __getattr__(self, name: str) -> Any:
+        """What this has not, the network has; its methods run with the values in place."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            net = self.__dict__.get("_modules", {}).get("net")
+            if net is None or name.startswith("__"):
+                raise
+        found = getattr(net, name)
+        if not (ismethod(found) and found.__self__ is net):
+            return found
+
+        @wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            with self.bound() as net:
+                return getattr(net, name)(*args, **kwargs)
+
+        return method
+
+    # Looking
 
     def raw_and_state(self) -> tuple[dict[str, Raw], dict[str, State]]:
-        """Return this module's own tensors as `p` takes them; nothing is copied."""
-        return collect(self._layout, self.raw, self.state)
+        """Return the tensors of this module as `p` takes them; nothing is copied.
+
+        Under the name of a weight that has no rule it is the network's own parameter.
+        """
+        raw, state = self._own()
+        every = {
+            e.name: at(self._net, e.name) if e.transform is None else raw[e.name]
+            for e in self.parametrization.entries
+        }
+        return every, state
 
     def values(self) -> dict[str, Tensor]:
         """Return the parameters that the network is called with, under its own names.
 
         After `fully_shard` they are whole tensors, gathered from all processes.
         """
-        return self.parametrization(*map(_whole, self.raw_and_state()))
+        return self.parametrization(*whole(self.raw_and_state()))
+
+    def violation(self) -> dict[str, Tensor]:
+        """How far each value is from its constraint: [`Parametrization.violation`][]."""
+        raw, state = whole(self.raw_and_state())
+        return self.parametrization.violation(self.parametrization(raw, state), state)
+
+    def summary(self) -> Table:
+        """What is trained, as a table: [`Parametrization.summary`][]."""
+        return self.parametrization.summary(*whole(self.raw_and_state()))
+
+    def plot(self) -> Figure:
+        """Draw violations and singular values: [`Parametrization.plot`][]."""
+        return self.parametrization.plot(*whole(self.raw_and_state()))
+
+    def __repr__(self) -> str:
+        net = repr(self._net).replace("\n", "\n  ")
+        table = repr(self.parametrization).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  {net}\n  {table}\n)"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(repr(self._net))}</pre>{self.summary()._repr_html_()}"  # pyright: ignore
+
+    # Changing
 
     def rebase(self) -> None:
         """Move base points to the current values, in place; see [`Parametrization.rebase`][].
 
         An optimizer's momentum belongs to the old raw: set it to zero.
         """
-        raw, state = self.raw_and_state()
+        raw, state = self._own()
         with torch.no_grad():
-            new_raw, new_state = self.parametrization.rebase(raw, state)
+            new_raw, new_state = self._ruled.rebase(*whole((raw, state)))
             overwrite(raw, new_raw)
             overwrite(state, new_state)
 
@@ -180,51 +268,102 @@ class Parametrized(nn.Module):
         It has the classes, hooks, names, order and `requires_grad` of the network that was given,
         does not need funcparam, and shares no memory with this module.
         """
-        return fold(self.net, {**self._own_buffers(), **self.values()})
+        values = self._ruled(*whole(self._own()))
+        net = copy_of(self._net, _gathered(self._net))
+        unguard(net)
+        for entry in self._ruled.entries:
+            value = values[entry.name].detach().clone(memory_format=torch.contiguous_format)
+            for slot in places(net, entry.names):
+                if slot.table == "_parameters" and not isinstance(value, nn.Parameter):
+                    value = nn.Parameter(value, self._flags[entry.name])
+                setattr(slot.owner, slot.key, value)
+        return net
+
+    # Saving and loading
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,  # noqa: FBT001
+        *lists: Any,
     ) -> None:
         """Take checkpoints in any spelling; of one in this module's own, everything is as usual."""
-        given = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
-        if given and self.state_dict().keys().isdisjoint(given):
-            try:
-                own = self._respelt(given)
-            except (TypeError, ValueError) as error:
-                cast("list[str]", args[-1]).append(str(error))
-            else:
-                for key in given:
-                    del state_dict[prefix + key]
-                state_dict |= {prefix + key: tensor for key, tensor in own.items()}
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        loading.respell(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
-    def _respelt(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        from funcparam.checkpoint import read, write  # a third of the time to import funcparam
+    def __reduce_ex__(self, _: Any) -> Any:
+        own = {name: item for name, item in self.__dict__.items() if name != "_slots"}
+        return _blank, (type(self)._base, type(self)._made_for), own
 
-        raw, state, others = read(given, self.parametrization)
-        buffers = {self._buffer_names.get(name, name): t for name, t in others.items()}
-        return write(self.parametrization, raw, state, buffers)
+    # Inside
 
-    def extra_repr(self) -> str:
-        """Show the network and the parametrization."""
-        return f"net={self.net!r}\n{self.parametrization!r}"
+    @property
+    def _net(self) -> nn.Module:
+        return cast("nn.Module", self._modules["net"])
 
-    def _advanced(self, raw: RawTree, state: StateTree) -> Values:
-        """Update the state, and return the values.
+    def _hold(self, entry: Entry, raw: Raw, state: State, is_buffer: bool) -> None:  # noqa: FBT001
+        adapts = cast("Any", entry.transform).is_adapter
+        grad = self._flags[entry.name] or adapts
+        for path, tensor in paths(entry.name, raw):
+            place(self.raw, path, tensor if is_buffer else nn.Parameter(tensor, requires_grad=grad))
+        for path, tensor in paths(entry.name, state):
+            place(self.state, path, tensor)
 
-        Those have tensors of their own, which a later update does not write to: several forwards
+    def _own(self) -> tuple[dict[str, Raw], dict[str, State]]:
+        """Raw and state of what has a rule."""
+        held = cast("dict[str, nn.Module]", self._modules)
+        return collect(self._layout, held["raw"], held["state"])
+
+    def _next(self) -> Values:
+        """The values of the next call.
+
+        They have tensors of their own, which a later update does not write to: several forwards
         may come before one backward, which needs the state of each.
         """
-        values, new = self._call.advanced(raw, state)
+        raw, state = self._own()
+        if not self.training or is_in_backward():  # where a checkpoint computes again
+            return self._evaluation.values(raw, state)
+        values, new = self._evaluation.advanced(raw, state)
         overwrite(state, new)
         return values
 
-    def _own_buffers(self) -> dict[str, Tensor]:
-        return {name: at(self.net_buffers, first) for name, first in self._buffer_names.items()}
+    def _looked_up(self) -> Slots:
+        """The places of the values; a replica, or a network that was changed, has others."""
+        slots = self.__dict__.get("_slots")
+        if slots is None or not slots.is_as_prepared(self._net):
+            slots = Slots(self._net, [entry.names for entry in self._ruled.entries])
+            self.__dict__["_slots"] = slots
+        return slots
+
+    def _at(self, entry: Entry) -> list[Place]:
+        return list(places(self._net, entry.names))
 
 
-def _to_meta(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("meta")
+def _emptied(
+    net: nn.Module,
+    values: Mapping[str, Tensor],
+    ruled: Sequence[Entry],
+    given: Mapping[str, Any],
+) -> nn.Module:
+    """Copy the network without the weights that have a rule, and with others that are given."""
+    memo: dict[int, Any] = {id(values[entry.name]): None for entry in ruled}
+    for name, tensor in given.items():
+        memo[id(values[name])] = nn.Parameter(tensor, requires_grad=values[name].requires_grad)
+    return copy_of(net, memo)
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {name: _copied(item) for name, item in cast("Mapping[str, Any]", tree).items()}
+    return tree.detach().clone() if isinstance(tree, Tensor) else tree
+
+
+def _gathered(net: nn.Module) -> dict[int, Any]:
+    """The sharded parameters of a network, whole."""
+    sharded = [own for own in net.parameters() if whole(own) is not own]
+    return {id(own): nn.Parameter(whole(own).detach(), own.requires_grad) for own in sharded}
 
 
 def _expect_same_ties(net: nn.Module, p: Parametrization[dict[str, Tensor]]) -> None:
@@ -238,15 +377,23 @@ def _expect_same_ties(net: nn.Module, p: Parametrization[dict[str, Tensor]]) -> 
             )
 
 
-def _is_persistent(owner: tuple[nn.Module, str]) -> bool:
-    module, name = owner
-    return name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+@cache
+def _kind(base: type[Parametrized], net: type[nn.Module]) -> type[Parametrized]:
+    """The class of shells of networks of a class, which differs in the signature of `forward`.
+
+    Trainers look there for what a model takes. One for each class: equal models have equal types.
+    """
+    own: dict[str, Any] = {"_base": base, "_made_for": net, "__module__": base.__module__}
+    if base.forward is Parametrized.forward:
+        call = Parametrized.forward
+        forward = FunctionType(call.__code__, call.__globals__, "forward")
+        forward.__doc__ = net.forward.__doc__ or call.__doc__
+        with suppress(TypeError, ValueError):  # some are made in C
+            cast("Any", forward).__signature__ = signature(net.forward)
+        own["forward"] = forward
+    return type(f"{base.__name__}[{net.__name__}]", (base,), own)
 
 
-def _whole(tree: Any) -> Any:
-    """The tree with sharded tensors gathered; any other tensor is its own whole."""
-    if isinstance(tree, Mapping):
-        items = cast("Mapping[str, Any]", tree).items()
-        return {name: _whole(tensor) for name, tensor in items}
-    gather = getattr(tree, "full_tensor", None)
-    return tree if gather is None else gather()
+def _blank(base: type[Parametrized], net: type[nn.Module]) -> Parametrized:
+    """One without anything, for copies and pickles to fill."""
+    return nn.Module.__new__(_kind(base, net))

@@ -1,75 +1,200 @@
-"""Tables of parameters whose values are made when they are read."""
+"""Where the tensors of a network are, so that others can be put there and taken out again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import getitem, is_, itemgetter, setitem
+from threading import Lock, RLock
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
-Place = tuple[nn.Module, str, str]
-"""A module, the key of a parameter in its table, and the name of the leaf."""
+_values, _items = cast("Any", dict.values), cast("Any", dict.items)
+_get = cast("Any", dict.get)
+_tables: Any = itemgetter("_parameters", "_buffers", "_modules")
 
-_get, _keys = cast("Any", dict.__getitem__), cast("Any", dict.keys)
-
-Read = Callable[[str, nn.Module], Tensor]
-"""From the name of a leaf, and the module that reads it, to its value."""
+_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_registering = Lock()
 
 
-class Table(MutableMapping[str, Any], dict[str, Any]):  # pyright: ignore
-    """A module's `_parameters` during a call: some of its entries are made at each read.
+def lock_of(net: nn.Module) -> RLock:
+    """The one lock of a network; past the network, whose copies and pickles know nothing of it."""
+    lock = _locks.get(net)
+    if lock is None:
+        with _registering:
+            lock = _locks.setdefault(net, RLock())
+    return lock
 
-    A dict for those who ask. All that reads entries goes through `__getitem__`; what copies a dict
-    past it is kept from that by an `__iter__` of our own. An entry that is assigned to is as usual.
+
+class Place(NamedTuple):
+    """A module, and which of its tables has a tensor under which key."""
+
+    owner: nn.Module
+    table: str
+    key: str
+
+    def entries(self) -> dict[str, Any]:
+        """The table itself."""
+        return vars(self.owner)[self.table]
+
+    def read(self) -> Any:
+        """What is there, by attributes that a compiler follows."""
+        owner = cast("Any", self.owner)
+        table = owner._parameters if self.table == "_parameters" else owner._buffers
+        return table[self.key]
+
+    def write(self, tensor: Any) -> None:
+        """Put a tensor there, likewise."""
+        owner = cast("Any", self.owner)
+        table = owner._parameters if self.table == "_parameters" else owner._buffers
+        table[self.key] = tensor
+
+
+class Places:
+    """The places of the tensors of some names: one for each, and those that share it.
+
+    Args:
+        names: the names.
+        found: all places of each. Names of one tie have equal ones.
     """
 
-    def __init__(self, owner: nn.Module, later: dict[str, str], read: Read) -> None:
-        dict.__init__(self, owner._parameters)  # pyright: ignore[reportPrivateUsage]
-        self._owner = owner
-        self._later = later
-        self._read = read
+    def __init__(self, names: Sequence[str], found: Sequence[Sequence[Place]]) -> None:
+        self.names = list(names)
+        self.repeated: list[tuple[int, int]] = []
+        first: dict[Place, int] = {}
+        self._sources: list[int] = []
+        places: list[Place] = []
+        for i, own in enumerate(found):
+            if own[0] in first:
+                self.repeated.append((i, first[own[0]]))
+                continue
+            first.update(dict.fromkeys(own, i))
+            places += own
+            self._sources += [i] * len(own)
+        self._one_each = self._sources == list(range(len(self.names)))
+        self.tables = [place.entries() for place in places]
+        self.keys = [place.key for place in places]
+        self._rnns = rnns(places)
 
-    def __getitem__(self, key: str) -> Any:
-        name = self._later.get(key)
-        return _get(self, key) if name is None else self._read(name, self._owner)
+    def take(self) -> tuple[list[Any], list[Any]]:
+        """Read what is there, and what recurrent layers keep beside it."""
+        return list(map(getitem, self.tables, self.keys)), list(map(lists_of, self._rnns))
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._later.pop(key, None)
-        dict.__setitem__(self, key, value)
+    def put(self, tensors: list[Any]) -> None:
+        """Write one tensor for each name."""
+        if not self._one_each:
+            tensors = [tensors[i] for i in self._sources]
+        deque(map(setitem, self.tables, self.keys, tensors), maxlen=0)
+        for rnn in self._rnns:
+            set_lists(rnn, *changed_lists(rnn))
 
-    def __delitem__(self, key: str) -> None:
-        self._later.pop(key, None)
-        dict.__delitem__(self, key)
+    def put_back(self, taken: tuple[list[Any], list[Any]]) -> None:
+        """Write what `take` read."""
+        deque(map(setitem, self.tables, self.keys, taken[0]), maxlen=0)
+        for rnn, lists in zip(self._rnns, taken[1], strict=True):
+            set_lists(rnn, *lists)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(_keys(self))
+    def agree(self, tensors: list[Any]) -> bool:
+        """Whether the names of each tie have one tensor."""
+        return all(tensors[i] is tensors[j] for i, j in self.repeated)
 
-    def __contains__(self, key: object) -> bool:
-        return dict.__contains__(self, key)
+    def written(self, tensors: list[Any]) -> Iterator[tuple[str, Any]]:
+        """The names with another tensor in their first place than was put there."""
+        found: list[Any] = list(map(_get, self.tables, self.keys))
+        if self._one_each and all(map(is_, found, tensors)):
+            return
+        firsts: dict[int, int] = {}
+        for place, i in enumerate(self._sources):
+            firsts.setdefault(i, place)
+        firsts |= {i: firsts[j] for i, j in self.repeated}
+        for i, place in firsts.items():
+            if found[place] is not tensors[i] and self.keys[place] in self.tables[place]:
+                yield self.names[i], found[place]
 
-    def __len__(self) -> int:
-        return dict.__len__(self)
 
-    def copy(self) -> dict[str, Any]:
-        """All entries, made now."""
-        return dict(self)
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)
+def rnns(places: Sequence[Place]) -> list[Any]:
+    """The recurrent layers among the owners: they keep lists of the weights of their last call."""
+    found = {id(p.owner): p.owner for p in places if isinstance(p.owner, nn.RNNBase)}
+    return list(found.values())
 
 
-@contextmanager
-def read_later(places: Sequence[Place], read: Read) -> Generator[None]:
-    """Let the parameters at `places` be made by `read` inside the block."""
-    later: dict[nn.Module, dict[str, str]] = {}
-    for module, key, name in places:
-        later.setdefault(module, {})[key] = name
-    before = [(vars(module), module._parameters) for module in later]  # pyright: ignore
-    try:
-        for module, names in later.items():
-            vars(module)["_parameters"] = Table(module, names, read)
-        yield
-    finally:
-        for own, table in before:
-            own["_parameters"] = table
+def lists_of(rnn: Any) -> tuple[list[Any], list[Any]]:
+    """The lists as they are."""
+    return rnn._flat_weights, rnn._flat_weight_refs
+
+
+def changed_lists(rnn: Any) -> tuple[list[Any], list[Any]]:
+    """The same, such that the next call sees that its weights have changed."""
+    return rnn._flat_weights, [_elsewhere] * len(rnn._flat_weights)
+
+
+def set_lists(rnn: Any, weights: list[Any], refs: list[Any]) -> None:
+    """Let the layer have these."""
+    rnn._flat_weights, rnn._flat_weight_refs = weights, refs
+
+
+def _elsewhere() -> None:
+    """In the place of a weak reference to a weight that is no more."""
+
+
+class Tree:
+    """All places of a network, looked up once, and looked at again before each call."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Look up where every tensor is kept."""
+        named = cast(
+            "Iterator[tuple[str, nn.Module]]", self.net.named_modules(remove_duplicate=False)
+        )
+        tree = list(named)
+        is_plain = all(_is_plain(module) for _, module in tree)
+        self._is_plain = is_plain and not isinstance(self.net, nn.DataParallel)
+        if not self._is_plain:
+            tree = []  # a part is scripted, and nothing is proven of it
+        modules: dict[int, dict[str, Any]] = {}
+        holder: dict[str, int] = {}
+        kept: dict[int, list[Place]] = {}
+        for path, module in tree:
+            for table in ("_parameters", "_buffers"):
+                for key, tensor in _items(vars(module)[table]):
+                    if tensor is None:
+                        continue
+                    holder[f"{path}.{key}" if path else key] = id(tensor)
+                    if id(module) not in modules:
+                        kept.setdefault(id(tensor), []).append(Place(module, table, key))
+            modules[id(module)] = vars(module)
+        self.at = {name: kept[tensor] for name, tensor in holder.items()}
+        self._last: Places | None = None
+        self._modules = list(modules.values())
+        self._tables, self._entries = self._picture()
+
+    def is_as_prepared(self) -> bool:
+        """Whether all is where it was."""
+        tables, entries = self._picture()
+        return entries == self._entries and all(map(is_, tables, self._tables))
+
+    def places(self, names: list[str]) -> Places | None:
+        """Those of some names; None if one of them has none."""
+        if self._last is None or self._last.names != names:
+            if not (self._is_plain and self.at.keys() >= set(names)):
+                return None
+            self._last = Places(names, [self.at[name] for name in names])
+        return self._last
+
+    def _picture(self) -> tuple[list[dict[str, Any]], list[Any]]:
+        """All on which the places depend: the tables, what they hold, and under which keys."""
+        tables: list[dict[str, Any]] = list(chain.from_iterable(map(_tables, self._modules)))
+        filled = list(filter(None, tables))
+        entries = cast("Any", chain.from_iterable(map(_values, filled)))
+        return tables, [*map(id, entries), *chain.from_iterable(filled)]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    own = vars(module)
+    return all(isinstance(own.get(t), dict) for t in ("_parameters", "_buffers", "_modules"))

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from funcparam.binding.modes import Modes, is_plain_eager
-from funcparam.binding.places import Place, read_later
-from funcparam.binding.recent import Recent
-from funcparam.binding.recompute import Recomputed, version
+from funcparam.binding.places import Place
+from funcparam.binding.recompute import Recent, Recomputed, Saved, version
+from funcparam.binding.tables import read_later
 from funcparam.parametrization.boundary import RawTree, StateTree
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
 
 Join = Callable[[Sequence[Tensor]], tuple[Raw, State]]
 """From one list of tensors back to raw and state."""
-
-
-class Spans(NamedTuple):
-    """How long to keep values, as calls have learnt it, in forward and in backward."""
-
-    forward: dict[str, int]
-    backward: dict[str, int]
 
 
 class _Made(NamedTuple):
@@ -41,33 +35,39 @@ class Reading:
     """
 
     def __init__(
-        self,
-        transforms: Mapping[str, AnyTransform],
-        raw: RawTree,
-        state: StateTree,
-        spans: Spans,
+        self, transforms: Mapping[str, AnyTransform], raw: RawTree, state: StateTree, modes: Modes
     ) -> None:
         self._transforms = transforms
         self._raw = raw
         self._state = state
-        firsts = (_first(raw[name], state.get(name, {})) for name in transforms)
-        self._modes = Modes({tensor.device.type for tensor in firsts})
-        self._recomputed = Recomputed(spans.backward) if self._modes.grad else None
-        self._recent: Recent[_Made] = Recent(spans.forward, _is_untouched)
+        self._modes = modes
+        self._recomputed = Recomputed() if modes.grad else None
+        self._recent: Recent[_Made] = Recent(_is_untouched)
+        self._through = True
+        self._places: Sequence[tuple[str, Place]] = ()
 
-    @contextmanager
-    def at(self, places: Sequence[Place]) -> Generator[None]:
-        """Let the modules at `places` read them inside the block."""
-        recomputed = self._recomputed
-        through = nullcontext() if recomputed is None else recomputed.looking_through()
-        try:
-            with read_later(places, self._read), through:
-                yield
-        finally:
-            self._recent.clear()
+    def finds(self, at: Mapping[str, Sequence[Place]]) -> bool:
+        """Learn where the network reads each; False if one is nowhere."""
+        self._places = [(name, place) for name in self._transforms for place in at.get(name, ())]
+        return all(name in at for name in self._transforms)
+
+    def again(self) -> Reading:
+        """The same for a checkpoint that computes again, whose own hooks see what is saved."""
+        same = Reading(self._transforms, self._raw, self._state, self._modes)
+        same._places, same._through = self._places, False
+        return same
+
+    def block(self) -> ExitStack:
+        """A block in which the network reads them."""
+        with ExitStack() as stack:
+            stack.callback(self._recent.clear)
+            if self._recomputed is not None and self._through:
+                stack.enter_context(self._recomputed.looking_through())
+            stack.enter_context(read_later(self._places, self._read))
+            return stack.pop_all()
 
     def _read(self, name: str, owner: nn.Module) -> Tensor:
-        return self._recent.get(name, name, owner, partial(self._make, name, owner)).value
+        return self._recent.get(name, owner, partial(self._make, name, owner)).value
 
     def _make(self, name: str, owner: nn.Module) -> _Made:
         transform, raw = self._transforms[name], self._raw[name]
@@ -75,7 +75,8 @@ class Reading:
         if self._recomputed is not None and is_plain_eager():
             sources, join = _split(raw, state)
             compute = partial(_compute, transform, join, self._modes)
-            with torch.enable_grad():
+            # A checkpoint around the reader counts what is saved: nothing of a map is.
+            with torch.enable_grad(), saved_tensors_hooks(Saved, Saved.get):
                 value = self._recomputed.make(name, owner, compute, sources)
         else:
             with self._modes.entered():
@@ -83,6 +84,12 @@ class Reading:
             if not is_plain_eager():  # read in a transform, and made as if outside of it
                 value = torch.func.debug_unwrap(value)
         return _Made(value, version(value))
+
+
+def modes_of(names: Mapping[str, Any], raw: RawTree, state: StateTree) -> Modes:
+    """The modes of now, on the devices of these weights."""
+    firsts = (_first(raw[name], state.get(name, {})) for name in names)
+    return Modes({tensor.device.type for tensor in firsts})
 
 
 def _first(raw: Raw, state: State) -> Tensor:

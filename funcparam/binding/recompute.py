@@ -3,25 +3,66 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from funcparam.binding.recent import Recent
-
 Map = Callable[[Sequence[Tensor]], Tensor]
 """From raw and state, as one list, to the value with its graph."""
+
+Item = TypeVar("Item")
 
 _hooks_around: Callable[[bool], Any] = getattr(
     torch._C._autograd,  # pyright: ignore
     "_top_saved_tensors_default_hooks",
     lambda _: None,
 )
+
+
+class Recent(Generic[Item]):
+    """Items that are made when they are asked for, and dropped when another owner asks.
+
+    One that has to be made a second time, because owners take turns, is kept from then on.
+
+    Args:
+        is_droppable: whether an item could be made again as it is now.
+    """
+
+    def __init__(self, is_droppable: Callable[[Item], bool]) -> None:
+        self._is_droppable = is_droppable
+        self._items: dict[Hashable, Item] = {}
+        self._seen: set[Hashable] = set()
+        self._kept: set[Hashable] = set()
+        self._owner: object = None
+
+    def get(self, key: Hashable, owner: object, make: Callable[[], Item]) -> Item:
+        """The item of `key`; others are dropped before it is made."""
+        if owner is not self._owner:
+            self._owner = owner
+            for other in [k for k in self._items if k not in self._kept]:
+                if self._is_droppable(self._items[other]):
+                    del self._items[other]
+        if key not in self._items:
+            (self._kept if key in self._seen else self._seen).add(key)
+            self._items[key] = make()
+        return self._items[key]
+
+    def pop(self, key: Hashable) -> None:
+        """Drop an item for good."""
+        self._items.pop(key, None)
+        self._seen.discard(key)
+        self._kept.discard(key)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._items.clear()
+        self._seen.clear()
+        self._kept.clear()
 
 
 class Saved:
@@ -49,7 +90,6 @@ class Made:
     """How a value was made, so that it can be made again."""
 
     def __init__(self, name: str, owner: object, compute: Map, sources: Sequence[Tensor]) -> None:
-        self.name = name
         self.owner = owner
         self.compute = compute
         self.needs = [tensor.requires_grad for tensor in sources]
@@ -82,13 +122,10 @@ class Recomputed:
 
     The network runs inside of `looking_through()`: what its operations save for backward is looked
     through, and a value, or a view of one, is replaced by how to make it.
-
-    Args:
-        spans: how long to keep, in backward, what was made again; see [`Recent`].
     """
 
-    def __init__(self, spans: dict[str, int]) -> None:
-        self._again: Recent[Again] = Recent(spans, lambda _: True)
+    def __init__(self) -> None:
+        self._again: Recent[Again] = Recent(lambda _: True)
         self._lock = RLock()  # in backward each device has a thread of its own
         self._known: dict[int, tuple[Any, Made, tuple[Any, ...]]] = {}
 
@@ -110,9 +147,7 @@ class Recomputed:
         if not any(made.needs):  # no end will come for it
             return Again(made.compute(sources), sources)
         with self._lock:
-            return self._again.get(
-                made, made.name, made.owner, lambda: Again(made.compute(sources), sources)
-            )
+            return self._again.get(made, made.owner, lambda: Again(made.compute(sources), sources))
 
     def end_of(self, made: Made) -> tuple[GradientEdge, list[Tensor]]:
         """The same for the last time: where its graph ends and begins, without the value."""

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import funcparam as fp
-from funcparam.binding import call
+from funcparam.binding import evaluation
 from funcparam.transforms import Affine, Chain, LoRA, Orthogonal, SpectralNorm, WeightNorm
 from tests.processes import on_two
 
@@ -51,7 +51,7 @@ KINDS = ["ddp", "fully_shard", "ddp, recompute", "fully_shard, recompute"]
 
 
 def worker(rank):
-    call.SMALLEST = 0  # in this process: every value counts as large
+    evaluation.SMALLEST = 0  # in this process: every value counts as large
     return {kind: trained(rank, kind) for kind in KINDS}
 
 

@@ -51,7 +51,7 @@ def in_threads(work):
 
 @pytest.fixture(params=["at once", "late"])
 def recompute(request, monkeypatch):
-    monkeypatch.setattr("funcparam.binding.call.SMALLEST", 0)
+    monkeypatch.setattr("funcparam.binding.evaluation.SMALLEST", 0)
     return request.param == "late"
 
 

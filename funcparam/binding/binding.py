@@ -1,0 +1,100 @@
+"""The tensors of one call, put in the places of a network and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from typing_extensions import Self
+
+from funcparam.binding import checkpoints
+from funcparam.binding.places import Place, Places, changed_lists, lists_of, rnns, set_lists
+
+if TYPE_CHECKING:
+    from funcparam.binding.reading import Reading
+
+
+class Binding:
+    """A block in which a network has the tensors of one call in the place of its own.
+
+    Other threads wait for its end; the same one may bind again, inside. A checkpoint in the block
+    takes the binding along: see `checkpoints`.
+
+    Args:
+        lock: the network's.
+        places: where the tensors go.
+        tensors: one for each name of `places`.
+        reading: more of them, which are made when the network reads them.
+        locked: whether somebody has the lock who waits for the end of this.
+    """
+
+    def __init__(
+        self,
+        lock: RLock,
+        places: Places,
+        tensors: list[Any],
+        reading: Reading | None = None,
+        *,
+        locked: bool = False,
+    ) -> None:
+        self.lock = lock
+        self._held = nullcontext() if locked else lock
+        self.places = places
+        self.tensors = tensors
+        self._reading = reading
+        self._taken: Any = None
+        self._block: ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        self._held.__enter__()
+        try:
+            taken = self.places.take()
+            self.places.put(self.tensors)
+        except BaseException:
+            self._held.__exit__(None, None, None)
+            raise
+        self._taken = taken
+        if self._reading is not None:
+            self._block = self._reading.block()
+        checkpoints.push(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        checkpoints.pop()
+        if self._block is not None:
+            self._block.close()
+        self.places.put_back(self._taken)
+        self._taken = None
+        self._held.__exit__(None, None, None)
+
+    def again(self, instead: Mapping[int, Tensor]) -> Binding:
+        """The same once more, with other tensors in the place of those of some ids.
+
+        While the block itself runs, backward inside of it has what this thread locked, on whatever
+        thread it is.
+        """
+        tensors = [instead.get(id(t), t) for t in self.tensors] if instead else self.tensors
+        reading = None if self._reading is None else self._reading.again()
+        return Binding(self.lock, self.places, tensors, reading, locked=self._taken is not None)
+
+
+@contextmanager
+def traced(found: Sequence[tuple[Tensor, Place]]) -> Generator[None]:
+    """The same for a compiler, which follows every table, takes no lock and knows checkpoints."""
+    before = [place.read() for _, place in found]
+    layers = rnns([place for _, place in found])
+    lists = [lists_of(rnn) for rnn in layers]
+    try:
+        for tensor, place in found:
+            place.write(tensor)
+        for rnn in layers:
+            set_lists(rnn, *changed_lists(rnn))
+        yield
+    finally:
+        for (_, place), tensor in zip(found, before, strict=True):
+            place.write(tensor)
+        for rnn, own in zip(layers, lists, strict=True):
+            set_lists(rnn, *own)

@@ -1,0 +1,96 @@
+"""The places of ruled weights in the network of a shell: `None` between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from operator import getitem, is_, is_not
+from typing import Any, cast
+
+from torch import nn
+
+from funcparam.binding.checkpoints import is_bound
+from funcparam.binding.places import Place, Places, lock_of
+
+
+class Slots:
+    """Where the values of a shell go, looked up once and looked at again before each call.
+
+    Args:
+        net: the network.
+        ties: all names of each ruled weight.
+    """
+
+    def __init__(self, net: nn.Module, ties: Sequence[tuple[str, ...]]) -> None:
+        self.net = net
+        self.lock = lock_of(net)
+        self.at = {names[0]: list(dict.fromkeys(places(net, names))) for names in ties}
+        self.every = self._of(list(self.at))
+        self._others: Places | None = None
+        links = {
+            (id(parent), key): (parent, key, child) for parent, key, child in _links(net, ties)
+        }
+        self._tables = [parent._modules for parent, _, _ in links.values()]
+        self._keys = [key for _, key, _ in links.values()]
+        self._children = [child for _, _, child in links.values()]
+        self._owners = [
+            (vars(p.owner), p.table, p.entries()) for own in self.at.values() for p in own
+        ]
+
+    def is_as_prepared(self, net: nn.Module) -> bool:
+        """Whether all is where it was."""
+        if net is not self.net:
+            return False
+        try:
+            if not all(map(is_, map(getitem, self._tables, self._keys), self._children)):
+                return False
+        except KeyError:
+            return False
+        return all(own[name] is table for own, name, table in self._owners)
+
+    def expect_empty(self) -> None:
+        """Raise if somebody wrote to a slot, whose tensor would be neither used nor kept."""
+        found = map(getitem, self.every.tables, self.every.keys)
+        if any(map(is_not, found, repeat(None))) and not is_bound(self.lock):
+            for name, own in self.at.items():
+                if any(place.read() is not None for place in own):
+                    raise RuntimeError(
+                        f"{name!r} of this Parametrized's network was written to. Its value is"
+                        f" computed: write to model.raw, or load it with model.load_state_dict"
+                    )
+
+    def of(self, names: Sequence[str]) -> Places:
+        """The places of all, or of those that are not made when they are read."""
+        if len(names) == len(self.at):
+            return self.every
+        if self._others is None or self._others.names != names:
+            self._others = self._of(names)
+        return self._others
+
+    def _of(self, names: Sequence[str]) -> Places:
+        return Places(names, [self.at[name] for name in names])
+
+
+def places(net: nn.Module, names: Sequence[str]) -> Iterator[Place]:
+    """The slots of these names."""
+    for name in names:
+        path, _, key = name.rpartition(".")
+        owner = _at(net, path)
+        yield Place(owner, "_buffers" if key in owner._buffers else "_parameters", key)
+
+
+def _at(net: nn.Module, path: str) -> nn.Module:
+    for part in path.split(".") if path else ():
+        net = cast("nn.Module", net._modules[part])
+    return net
+
+
+def _links(net: nn.Module, ties: Sequence[tuple[str, ...]]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """The steps from the network to the owners."""
+    for names in ties:
+        for name in names:
+            parent = net
+            for part in name.split(".")[:-1]:
+                child = parent._modules[part]
+                yield parent, part, child
+                parent = cast("nn.Module", child)
