@@ -108,8 +108,8 @@ class FunctionalCall:
         params: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        tie_weights: bool = True,  # noqa: FBT001, FBT002
-        strict: bool = False,  # noqa: FBT001, FBT002
+        tie_weights: bool = True,  # noqa: FBT001
+        strict: bool = False,  # noqa: FBT001
     ) -> Any:
         """Whatever is not proven to be the same is left to PyTorch."""
         return torch.func.functional_call(

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from funcparam.binding import loading
 from funcparam.binding.binding import Binding, traced
-from funcparam.binding.dotted import Held, at, collect, layout, overwrite, paths, place
+from funcparam.binding.dotted import Held, collect, layout, overwrite, paths, place
 from funcparam.binding.evaluation import Evaluation, Values
 from funcparam.binding.fold import copy_of
 from funcparam.binding.guard import guard, unguard
@@ -214,7 +214,7 @@ class Parametrized(nn.Module):
         """
         raw, state = self._own()
         every = {
-            e.name: at(self._net, e.name) if e.transform is None else raw[e.name]
+            e.name: raw[e.name] if e.transform else self._at(e)[0].read()
             for e in self.parametrization.entries
         }
         return every, state

@@ -44,7 +44,7 @@ class Place(NamedTuple):
         """What is there, by attributes that a compiler follows."""
         owner = cast("Any", self.owner)
         table = owner._parameters if self.table == "_parameters" else owner._buffers
-        return table[self.key]
+        return table[self.key] if self.key in table else getattr(owner, self.key)
 
     def write(self, tensor: Any) -> None:
         """Put a tensor there, likewise."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from operator import getitem, is_, is_not
-from typing import Any, cast
 
 from torch import nn
 
@@ -27,10 +26,9 @@ class Slots:
         self.at = {names[0]: list(dict.fromkeys(places(net, names))) for names in ties}
         self.every = self._of(list(self.at))
         self._others: Places | None = None
-        links = {
-            (id(parent), key): (parent, key, child) for parent, key, child in _links(net, ties)
-        }
-        self._tables = [parent._modules for parent, _, _ in links.values()]
+        every = (step for names in ties for name in names for step in steps(net, name))
+        links = {(id(parent), key): (parent, key, child) for parent, key, child in every}
+        self._tables = [vars(parent)["_modules"] for parent, _, _ in links.values()]
         self._keys = [key for _, key, _ in links.values()]
         self._children = [child for _, _, child in links.values()]
         self._owners = [
@@ -74,23 +72,38 @@ class Slots:
 def places(net: nn.Module, names: Sequence[str]) -> Iterator[Place]:
     """The slots of these names."""
     for name in names:
-        path, _, key = name.rpartition(".")
-        owner = _at(net, path)
-        yield Place(owner, "_buffers" if key in owner._buffers else "_parameters", key)
+        key = name.rpartition(".")[2]
+        owner = [net, *(child for _, _, child in steps(net, name))][-1]
+        yield Place(owner, "_buffers" if key in vars(owner)["_buffers"] else "_parameters", key)
 
 
-def _at(net: nn.Module, path: str) -> nn.Module:
-    for part in path.split(".") if path else ():
-        net = cast("nn.Module", net._modules[part])
-    return net
+def steps(net: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The way from a network to the owner of a tensor: module, key and child, one by one.
+
+    It leads through wrappers, whose only child has what they are asked for.
+    """
+    parent = net
+    *parts, key = name.split(".")
+    for part in parts:
+        for step in _through(parent, part, ("_modules",), name):
+            yield step
+            parent = step[2]
+        child = vars(parent)["_modules"][part]
+        yield parent, part, child
+        parent = child
+    yield from _through(parent, key, ("_parameters", "_buffers"), name)
 
 
-def _links(net: nn.Module, ties: Sequence[tuple[str, ...]]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """The steps from the network to the owners."""
-    for names in ties:
-        for name in names:
-            parent = net
-            for part in name.split(".")[:-1]:
-                child = parent._modules[part]
-                yield parent, part, child
-                parent = cast("nn.Module", child)
+def _through(
+    module: nn.Module, key: str, tables: Sequence[str], name: str
+) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    while not any(key in vars(module)[table] for table in tables):
+        children = list(vars(module)["_modules"].items())
+        if len(children) != 1:
+            raise RuntimeError(
+                f"{name!r} is no more in the network of this Parametrized, but has a rule. Replace"
+                " modules before the Parametrized is made, or make another one"
+            )
+        wrapped, child = children[0]
+        yield module, wrapped, child
+        module = child
