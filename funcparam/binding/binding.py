@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from funcparam.binding import checkpoints
-from funcparam.binding.places import Place, Places, changed_lists, lists_of, rnns, set_lists
+from funcparam.binding.places import Place, Places, changed
 
 if TYPE_CHECKING:
     from funcparam.binding.reading import Reading
@@ -85,16 +86,28 @@ class Binding:
 def traced(found: Sequence[tuple[Tensor, Place]]) -> Generator[None]:
     """The same for a compiler, which follows every table, takes no lock and knows checkpoints."""
     before = [place.read() for _, place in found]
-    layers = rnns([place for _, place in found])
-    lists = [lists_of(rnn) for rnn in layers]
     try:
         for tensor, place in found:
             place.write(tensor)
-        for rnn in layers:
-            set_lists(rnn, *changed_lists(rnn))
-        yield
+        with changed([place for _, place in found]):
+            yield
     finally:
         for (_, place), tensor in zip(found, before, strict=True):
             place.write(tensor)
-        for rnn, own in zip(layers, lists, strict=True):
-            set_lists(rnn, *own)
+
+
+def call_traced(
+    net: nn.Module,
+    found: Sequence[tuple[Tensor, Place]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[str, Tensor]]:
+    """A call in it, which may be in a checkpoint: compilers let PyTorch's own write there.
+
+    Returns:
+        What the network returns, and what is in each place afterwards.
+    """
+    tensors = {place.path: tensor for tensor, place in found}
+    with changed([place for _, place in found]):
+        out = torch.func.functional_call(net, tensors, args, kwargs, tie_weights=False)
+    return out, tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -87,8 +87,8 @@ def place(root: nn.Module, path: str, tensor: Tensor) -> None:
         root._buffers[local] = tensor
 
 
-def overwrite(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Copy what changed into the tensors of `old`, of which no gradient is asked."""
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of `old` that have others in `new`, and those."""
     changed: list[tuple[Tensor, Tensor]] = []
     for name, given in new.items():
         own = old[name]
@@ -96,7 +96,22 @@ def overwrite(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
             changed.append((own, given))
         else:
             changed += [(own[key], tensor) for key, tensor in given.items()]
-    changed = [(own, sharded_like(own, given)) for own, given in changed if given is not own]
+    return [(own, given) for own, given in changed if given is not own]
+
+
+def replaced(old: Mapping[str, Any], others: Mapping[int, Tensor]) -> dict[str, Any]:
+    """The same tree with other tensors in the place of those of some ids."""
+    return {
+        name: others.get(id(item), item)
+        if isinstance(item, Tensor)
+        else replaced(cast("Mapping[str, Any]", item), others)
+        for name, item in old.items()
+    }
+
+
+def overwrite(changed: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second tensor into the first, of which no gradient is asked."""
+    changed = [(own, sharded_like(own, given)) for own, given in changed]
     if changed and is_plain_eager():
         torch._foreach_copy_(*map(list, zip(*changed, strict=True)))  # pyright: ignore
     else:  # vmap has a rule for this one, and a compiler joins them itself

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Never
 
-from funcparam.binding.binding import Binding, traced
+from funcparam.binding.binding import Binding, call_traced
 from funcparam.binding.places import Places, Tree, lock_of
 from funcparam.binding.reading import Reading
 from funcparam.parametrization.names import closest
@@ -143,9 +143,9 @@ class FunctionalCall:
         ties_agree = all(given[first[name]] is params[name] for name in first)
         if len(first) < len(params) or not ties_agree:
             return self._by_torch(params, args, kwargs)
-        with traced([(tensor, place) for name, tensor in params.items() for place in at[name]]):
-            out = self.net(*args, **kwargs)
-            params.update({name: place.read() for name, place in first.items()})
+        every = [(tensor, place) for name, tensor in params.items() for place in at[name]]
+        out, after = call_traced(self.net, every, args, kwargs)
+        params.update({name: after[place.path] for name, place in first.items()})
         return out
 
 

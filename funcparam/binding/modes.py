@@ -21,9 +21,9 @@ _graph_task: Any = getattr(
 )
 
 
-def is_in_backward() -> bool:
-    """Whether backward runs this: a checkpoint that computes again, in all likelihood."""
-    return not torch.compiler.is_compiling() and _graph_task() != -1
+def graph_task() -> int:
+    """Which backward runs this; -1 if none does."""
+    return _graph_task()
 
 
 def is_plain_eager() -> bool:

@@ -14,12 +14,21 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from funcparam.binding import loading
-from funcparam.binding.binding import Binding, traced
-from funcparam.binding.dotted import Held, collect, layout, overwrite, paths, place
+from funcparam.binding.binding import Binding, call_traced, traced
+from funcparam.binding.dotted import (
+    Held,
+    changes,
+    collect,
+    layout,
+    overwrite,
+    paths,
+    place,
+    replaced,
+)
 from funcparam.binding.evaluation import Evaluation, Values
 from funcparam.binding.fold import copy_of
 from funcparam.binding.guard import guard, unguard
-from funcparam.binding.modes import is_in_backward
+from funcparam.binding.pins import is_checkpointed, settled, settled_when_run
 from funcparam.binding.places import Place, lock_of
 from funcparam.binding.sharding import whole
 from funcparam.binding.slots import Slots, places
@@ -27,7 +36,7 @@ from funcparam.parametrization.boundary import Entry
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.table import Table
 from funcparam.parametrization.tree import flatten
-from funcparam.transforms.contract.base import Raw, State
+from funcparam.transforms.contract.base import Raw, State, Transform
 from funcparam.transforms.contract.signature import describe
 
 if TYPE_CHECKING:
@@ -140,6 +149,10 @@ class Parametrized(nn.Module):
         for entry in ruled.entries:
             self._hold(entry, raw[entry.name], state.get(entry.name, {}), entry.name in buffers)
         parameters = {name for e in ruled.entries if e.name not in buffers for name in e.names}
+        self._evolves = any(
+            e.signature.state and type(e.transform).update is not Transform.update
+            for e in ruled.entries
+        )
         self._evaluation = Evaluation(ruled, parameters, recompute=recompute)
         guard(at for own in self._looked_up().at.values() for at in own)
         self.register_load_state_dict_post_hook(loading.in_words_of_the_file)
@@ -147,6 +160,8 @@ class Parametrized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network with the parametrized values."""
+        if torch.compiler.is_compiling() and not (self.training and self._evolves):
+            return call_traced(self._net, self._traced(), args, kwargs)[0]
         with self.bound() as net:
             return net(*args, **kwargs)
 
@@ -169,9 +184,7 @@ class Parametrized(nn.Module):
             tensor(6.)
         """
         if torch.compiler.is_compiling():  # which follows every table, and needs no lock
-            tensors = self._next().tensors
-            found = [(tensors[e.name], at) for e in self._ruled.entries for at in self._at(e)]
-            with traced(found):
+            with traced(self._traced()):
                 yield self._net
             return
         with lock_of(self):
@@ -259,8 +272,7 @@ class Parametrized(nn.Module):
         raw, state = self._own()
         with torch.no_grad():
             new_raw, new_state = self._ruled.rebase(*whole((raw, state)))
-            overwrite(raw, new_raw)
-            overwrite(state, new_state)
+            overwrite([*changes(raw, new_raw), *changes(state, new_state)])
 
     def fold(self) -> nn.Module:
         """Return a plain copy of the network with the values written into it.
@@ -323,11 +335,20 @@ class Parametrized(nn.Module):
         may come before one backward, which needs the state of each.
         """
         raw, state = self._own()
-        if not self.training or is_in_backward():  # where a checkpoint computes again
+        if not (self.training and self._evolves):
             return self._evaluation.values(raw, state)
-        values, new = self._evaluation.advanced(raw, state)
-        overwrite(state, new)
-        return values
+        if torch.compiler.is_exporting() or not (
+            torch.compiler.is_compiling() or is_checkpointed()
+        ):
+            values, new = self._evaluation.advanced(raw, state)
+            overwrite(changes(state, new))
+            return values
+        changed = changes(state, self._ruled.update(_detached(raw), state))
+        old, new = [own for own, _ in changed], [given for _, given in changed]
+        used, kept = _settled(old, new)
+        overwrite(list(zip(old, kept, strict=True)))
+        evolved = dict(zip(map(id, old), used, strict=True))
+        return self._evaluation.values(raw, replaced(state, evolved))
 
     def _looked_up(self) -> Slots:
         """The places of the values; a replica, or a network that was changed, has others."""
@@ -337,8 +358,13 @@ class Parametrized(nn.Module):
             self.__dict__["_slots"] = slots
         return slots
 
+    def _traced(self) -> list[tuple[Tensor, Place]]:
+        """The values of the next call for a compiler, and where they go."""
+        tensors = self._next().tensors
+        return [(tensors[e.name], at) for e in self._ruled.entries for at in self._at(e)]
+
     def _at(self, entry: Entry) -> list[Place]:
-        return list(places(self._net, entry.names))
+        return places(self._net, entry.names)
 
 
 def _emptied(
@@ -352,6 +378,20 @@ def _emptied(
     for name, tensor in given.items():
         memo[id(values[name])] = nn.Parameter(tensor, requires_grad=values[name].requires_grad)
     return copy_of(net, memo)
+
+
+def _settled(old: list[Tensor], new: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    if not torch.compiler.is_compiling():
+        return settled(old, new)
+    found = settled_when_run(old, new)
+    return found[: len(old)], found[len(old) :]
+
+
+def _detached(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: own.detach() if isinstance(own, Tensor) else _detached(own)
+        for name, own in raw.items()
+    }
 
 
 def _copied(tree: Any) -> Any:

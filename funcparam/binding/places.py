@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import getitem, is_, itemgetter, setitem
 from threading import Lock, RLock
@@ -35,6 +36,8 @@ class Place(NamedTuple):
     owner: nn.Module
     table: str
     key: str
+    path: str
+    """The way there, and the key, joined by dots."""
 
     def entries(self) -> dict[str, Any]:
         """The table itself."""
@@ -140,6 +143,20 @@ def _elsewhere() -> None:
     """In the place of a weak reference to a weight that is no more."""
 
 
+@contextmanager
+def changed(places: Sequence[Place]) -> Generator[None]:
+    """A block in which recurrent layers see that their weights have changed."""
+    layers = rnns(places)
+    lists = [lists_of(rnn) for rnn in layers]
+    try:
+        for rnn in layers:
+            set_lists(rnn, *changed_lists(rnn))
+        yield
+    finally:
+        for rnn, own in zip(layers, lists, strict=True):
+            set_lists(rnn, *own)
+
+
 class Tree:
     """All places of a network, looked up once, and looked at again before each call."""
 
@@ -165,9 +182,10 @@ class Tree:
                 for key, tensor in _items(vars(module)[table]):
                     if tensor is None:
                         continue
-                    holder[f"{path}.{key}" if path else key] = id(tensor)
+                    name = f"{path}.{key}" if path else key
+                    holder[name] = id(tensor)
                     if id(module) not in modules:
-                        kept.setdefault(id(tensor), []).append(Place(module, table, key))
+                        kept.setdefault(id(tensor), []).append(Place(module, table, key, name))
             modules[id(module)] = vars(module)
         self.at = {name: kept[tensor] for name, tensor in holder.items()}
         self._last: Places | None = None

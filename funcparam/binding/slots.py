@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from operator import getitem, is_, is_not
+from typing import Any
 
 from torch import nn
 
@@ -23,7 +24,7 @@ class Slots:
     def __init__(self, net: nn.Module, ties: Sequence[tuple[str, ...]]) -> None:
         self.net = net
         self.lock = lock_of(net)
-        self.at = {names[0]: list(dict.fromkeys(places(net, names))) for names in ties}
+        self.at = {names[0]: places(net, names) for names in ties}
         self.every = self._of(list(self.at))
         self._others: Places | None = None
         every = (step for names in ties for name in names for step in steps(net, name))
@@ -69,12 +70,16 @@ class Slots:
         return Places(names, [self.at[name] for name in names])
 
 
-def places(net: nn.Module, names: Sequence[str]) -> Iterator[Place]:
-    """The slots of these names."""
+def places(net: nn.Module, names: Sequence[str]) -> list[Place]:
+    """The slots of these names, those of a module that is there twice once."""
+    found: dict[Any, Place] = {}
     for name in names:
-        key = name.rpartition(".")[2]
-        owner = [net, *(child for _, _, child in steps(net, name))][-1]
-        yield Place(owner, "_buffers" if key in vars(owner)["_buffers"] else "_parameters", key)
+        way = list(steps(net, name))
+        owner, key = way[-1][2] if way else net, name.rpartition(".")[2]
+        table = "_buffers" if key in vars(owner)["_buffers"] else "_parameters"
+        path = ".".join([*(step[1] for step in way), key])
+        found.setdefault((owner, key), Place(owner, table, key, path))
+    return list(found.values())
 
 
 def steps(net: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from funcparam.binding.places import Place, changed_lists, lists_of, rnns, set_lists
+from funcparam.binding.places import Place, changed
 
 _get, _keys = cast("Any", dict.__getitem__), cast("Any", dict.keys)
 
@@ -65,16 +65,11 @@ def read_later(places: Sequence[tuple[str, Place]], read: Read) -> Generator[Non
     for name, place in places:
         later.setdefault(place.owner, {})[place.key] = name
     before = [(vars(module), module._parameters) for module in later]  # pyright: ignore
-    layers = rnns([place for _, place in places])
-    lists = list(map(lists_of, layers))
     try:
         for module, names in later.items():
             vars(module)["_parameters"] = Table(module, names, read)
-        for rnn in layers:
-            set_lists(rnn, *changed_lists(rnn))
-        yield
+        with changed([place for _, place in places]):
+            yield
     finally:
         for own, table in before:
             own["_parameters"] = table
-        for rnn, own in zip(layers, lists, strict=True):
-            set_lists(rnn, *own)

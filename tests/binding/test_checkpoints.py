@@ -357,3 +357,63 @@ def test_gradient_checkpointing_of_a_language_model():
     expected = found.pop("None")
     for got in found.values():
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def around(kind, model):
+    """A checkpoint and a compiler around a shell, in either order."""
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    reentrant = "reentrant" == kind.split()[0]
+    inner = compiled(model) if "(compile)" in kind else model
+
+    def call(x):
+        return checkpoint(inner, x, use_reentrant=reentrant)
+
+    return compiled(call) if kind.startswith("compile") else call
+
+
+@not_leaves
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "reentrant",
+        "checkpoint",
+        "reentrant (compile)",
+        "checkpoint (compile)",
+        "compile (checkpoint)",
+    ],
+)
+def test_around_a_shell_whose_state_evolves(kind, forwards):
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    p = fp.parametrize(net, {"0.weight": SpectralNorm(), "2.weight": SpectralNorm()})
+    plain, model = fp.Parametrized(net, p), fp.Parametrized(net, p)
+    with torch.no_grad():
+        for own, theirs in zip(plain.parameters(), model.parameters(), strict=True):
+            theirs.copy_(own.add_(torch.randn_like(own)))
+    steps(around(kind, model), forwards)
+    steps(plain, forwards)
+    torch.testing.assert_close(gradients(model), gradients(plain))
+    torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()))
+
+
+def test_around_and_inside_at_once():
+    plain, model = shell(None), shell("not reentrant")
+    outer = functools.partial(checkpoint, model, use_reentrant=False)
+    twice = functools.partial(checkpoint, outer, use_reentrant=False)
+    steps(twice, 2)
+    steps(plain, 2)
+    torch.testing.assert_close(gradients(model), gradients(plain), rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
+
+
+def test_in_a_whole_compiled_step_around_a_shell_without_evolving_state():
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    p = fp.parametrize(net, {"0.weight": Orthogonal()})
+    plain, model = fp.Parametrized(net, p), fp.Parametrized(net, p)
+    compiled = torch.compile(around("checkpoint", model), backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 4)
+    compiled(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    torch.testing.assert_close(gradients(model), gradients(plain))
