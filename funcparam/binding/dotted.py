@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,36 +87,35 @@ def place(root: nn.Module, path: str, tensor: Tensor) -> None:
         root._buffers[local] = tensor
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of `old` that have others in `new`, and those."""
-    changed: list[tuple[Tensor, Tensor]] = []
+class Change(NamedTuple):
+    """A tensor that has another one in a new tree; no key where it has the name alone."""
+
+    name: str
+    key: str | None
+    old: Tensor
+    new: Tensor
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """What differs between two trees of the same tensors."""
+    found: list[Change] = []
     for name, given in new.items():
         own = old[name]
         if isinstance(given, Tensor):
-            changed.append((own, given))
+            found.append(Change(name, None, own, given))
         else:
-            changed += [(own[key], tensor) for key, tensor in given.items()]
-    return [(own, given) for own, given in changed if given is not own]
+            found += [Change(name, key, own[key], tensor) for key, tensor in given.items()]
+    return [change for change in found if change.new is not change.old]
 
 
-def replaced(old: Mapping[str, Any], others: Mapping[int, Tensor]) -> dict[str, Any]:
-    """The same tree with other tensors in the place of those of some ids."""
-    return {
-        name: others.get(id(item), item)
-        if isinstance(item, Tensor)
-        else replaced(cast("Mapping[str, Any]", item), others)
-        for name, item in old.items()
-    }
-
-
-def overwrite(changed: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor into the first, of which no gradient is asked."""
-    changed = [(own, sharded_like(own, given)) for own, given in changed]
-    if changed and is_plain_eager():
-        torch._foreach_copy_(*map(list, zip(*changed, strict=True)))  # pyright: ignore
+def overwrite(olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
+    """Copy each new tensor into an old one, of which no gradient is asked."""
+    news = [sharded_like(old, new) for old, new in zip(olds, news, strict=True)]
+    if news and is_plain_eager():
+        torch._foreach_copy_(olds, news)  # pyright: ignore
     else:  # vmap has a rule for this one, and a compiler joins them itself
-        for own, given in changed:
-            own.copy_(given)
+        for old, new in zip(olds, news, strict=True):
+            old.copy_(new)
 
 
 def _below(root: nn.Module, path: list[str], keys: list[str]) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ from funcparam.binding.dotted import (
     overwrite,
     paths,
     place,
-    replaced,
 )
 from funcparam.binding.evaluation import Evaluation, Values
 from funcparam.binding.fold import copy_of
@@ -272,7 +271,8 @@ class Parametrized(nn.Module):
         raw, state = self._own()
         with torch.no_grad():
             new_raw, new_state = self._ruled.rebase(*whole((raw, state)))
-            overwrite([*changes(raw, new_raw), *changes(state, new_state)])
+            changed = [*changes(raw, new_raw), *changes(state, new_state)]
+            overwrite([c.old for c in changed], [c.new for c in changed])
 
     def fold(self) -> nn.Module:
         """Return a plain copy of the network with the values written into it.
@@ -341,14 +341,17 @@ class Parametrized(nn.Module):
             torch.compiler.is_compiling() or is_checkpointed()
         ):
             values, new = self._evaluation.advanced(raw, state)
-            overwrite(changes(state, new))
+            changed = changes(state, new)
+            overwrite([c.old for c in changed], [c.new for c in changed])
             return values
         changed = changes(state, self._ruled.update(_detached(raw), state))
-        old, new = [own for own, _ in changed], [given for _, given in changed]
-        used, kept = _settled(old, new)
-        overwrite(list(zip(old, kept, strict=True)))
-        evolved = dict(zip(map(id, old), used, strict=True))
-        return self._evaluation.values(raw, replaced(state, evolved))
+        olds = [change.old for change in changed]
+        used, kept = _settled(olds, [change.new for change in changed])
+        overwrite(olds, kept)
+        evolved = {name: dict(own) for name, own in state.items()}
+        for change, tensor in zip(changed, used, strict=True):
+            evolved[change.name][cast("str", change.key)] = tensor
+        return self._evaluation.values(raw, evolved)
 
     def _looked_up(self) -> Slots:
         """The places of the values; a replica, or a network that was changed, has others."""

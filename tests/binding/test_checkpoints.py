@@ -362,7 +362,7 @@ def test_gradient_checkpointing_of_a_language_model():
 def around(kind, model):
     """A checkpoint and a compiler around a shell, in either order."""
     compiled = functools.partial(torch.compile, backend="aot_eager")
-    reentrant = "reentrant" == kind.split()[0]
+    reentrant = kind.split()[0] == "reentrant"
     inner = compiled(model) if "(compile)" in kind else model
 
     def call(x):
