@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcparam.checkpoint._flat import tensors_and_others
 from funcparam.checkpoint._keys import Stored, heads_of, scan, splits
-from funcparam.checkpoint._spec import Said, said
+from funcparam.checkpoint._spec import said
 from funcparam.parametrization.table import Table, Tabular
 from funcparam.transforms.contract.signature import describe
 
@@ -74,7 +74,7 @@ def explain(state_dict: Mapping[str, Any]) -> Explanation:
     """
     tensors, foreign = tensors_and_others(state_dict)
     told = said(state_dict)
-    found = [*_scan(tensors, told)]
+    found = stored_in(tensors, told)
     shapes = [", ".join(_shape(tensors[key]) for _, key in item.keys) for item in found]
     found += [Stored(key, "no tensor", ()) for key in foreign]
     shapes += map(describe, foreign.values())
@@ -82,12 +82,12 @@ def explain(state_dict: Mapping[str, Any]) -> Explanation:
     return Explanation(tuple(found), transforms, tuple(shapes))
 
 
-def _scan(tensors: Mapping[str, Any], told: Mapping[str, Said]) -> Iterator[Stored]:
+def stored_in(keys: Collection[str], told: Collection[str] = ()) -> list[Stored]:
     """Each tensor once; those of funcparam's modules under the names that the file says."""
-    heads = heads_of(tensors)
+    heads = heads_of(keys)
     grouped: dict[tuple[str, str], dict[str, str]] = {}
     foreign: list[str] = []
-    for key in tensors:
+    for key in keys:
         place = next(((h, w, r) for h, w, r in splits(key) if h in heads), None)
         if place is None:
             foreign.append(key)
@@ -100,9 +100,11 @@ def _scan(tensors: Mapping[str, Any], told: Mapping[str, Said]) -> Iterator[Stor
         if name not in told:
             name, inner = head + rest, ""
         grouped.setdefault((name, head), {})[f"{word}{inner}"] = key
-    for (name, head), parts in grouped.items():
-        yield Stored(name, "funcparam", tuple(parts.items()), head)
-    yield from scan(foreign)
+    own = [
+        Stored(name, "funcparam", tuple(parts.items()), head)
+        for (name, head), parts in grouped.items()
+    ]
+    return [*own, *scan(foreign)]
 
 
 def _call(told: Any) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -95,13 +95,20 @@ def load(path: PathLike, *, device: str | torch.device = "cpu") -> dict[str, Any
         OSError: there is no such file, or it cannot be read.
         ImportError: safetensors is not installed.
     """
+    return load_telling(path, device, lambda _: None)
+
+
+def load_telling(
+    path: PathLike, device: str | torch.device, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Load, and tell before each tensor, or each file of those that are read at once."""
     files, expected = files_of(Path(path))
     if not expected:
-        return _load(files[0], device)
+        return _load(files[0], device, tell)
     found: OrderedDict[str, Any] = OrderedDict()
     metadata: dict[str, Any] = {}
     for file in files:
-        part = _load(file, device)
+        part = _load(file, device, tell)
         found |= {key: part[key] for key in part if expected.get(key) == file.name}
         metadata |= getattr(part, "_metadata", {})
     if missing := expected.keys() - found.keys():
@@ -123,10 +130,11 @@ def joined(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _load(path: Path, device: str | torch.device) -> dict[str, Any]:
+def _load(path: Path, device: str | torch.device, tell: Callable[[str], None]) -> dict[str, Any]:
+    tell(f"reading {path}")
     try:
         if _is_safetensors(path):
-            return _load_safetensors(path, device)
+            return _load_safetensors(path, device, tell)
         return cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
     except (OSError, ImportError, pickle.UnpicklingError):
         raise
@@ -137,9 +145,14 @@ def _load(path: Path, device: str | torch.device) -> dict[str, Any]:
         ) from error
 
 
-def _load_safetensors(path: Path, device: str | torch.device) -> dict[str, Any]:
+def _load_safetensors(
+    path: Path, device: str | torch.device, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    found: OrderedDict[str, Any] = OrderedDict()
     with _safetensors().safe_open(path, framework="pt", device=str(device)) as file:
-        found = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
+        for key in (keys := list(file.keys())):
+            tell(f"reading {path}, tensor {len(found) + 1} of {len(keys)}")
+            found[key] = file.get_tensor(key)
         header = cast("dict[str, str]", file.metadata() or {})
     for key, kept in _aliases(header, found).items():
         found.setdefault(key, found[kept])

@@ -190,8 +190,7 @@ class _Reader:
         """Exactly where the transform itself wrote it, else by the value."""
         if item.is_plain:
             return self._inverted(entry, item, next(iter(parts.values())))
-        by_itself = told is None or told.is_by(entry.transform)
-        writer = entry if told is None or by_itself else told.entry(self.known)
+        writer = self._writer(entry, told)
         if writer.transform is None and set(parts) == {"raw"}:
             if told is None and any(key.startswith(f"{item.head}net.") for key in self.view.keys):
                 raise ValueError(_no_value(entry, item))
@@ -201,7 +200,7 @@ class _Reader:
         try:
             if spelling and fitted and not spelling.contradicted(fitted):
                 raw, state = spelling.read(fitted)
-                if by_itself:
+                if writer is entry:
                     return raw, state
                 return self._inverted(entry, item, _value(writer, raw, state))
             inferred = infer(item.style, parts)
@@ -214,6 +213,13 @@ class _Reader:
         with torch.no_grad():
             value = inferred.transform.forward(inferred.raw, inferred.state)
         return self._inverted(entry, item, value)
+
+    def _writer(self, entry: Entry, told: Said | None) -> Entry:
+        """The entry that wrote what is stored: this very one, where the file says no other."""
+        if told is None or told.is_by(entry.transform):
+            return entry
+        writer = told.entry(self.known)  # an argument may be newer than the file: it has a default
+        return entry if writer.transform == entry.transform else writer
 
     def _inverted(self, entry: Entry, item: Stored, value: Tensor) -> tuple[Any, State]:
         name, spec = self._own(item.name), entry.signature.value

@@ -160,12 +160,9 @@ def of_header(header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _as_json(x: Any) -> Any:
-    """A transform with the arguments of its class, which are attributes of it; or an argument."""
+    """A transform, or an argument of one."""
     if isinstance(x, Transform):
-        own: Any = cast("Any", x)
-        kind: Any = type(own)
-        arguments = [name for name in inspect.signature(kind).parameters if hasattr(own, name)]
-        return {"class": _name(kind), **{a: _as_json(getattr(own, a)) for a in arguments}}
+        return _call_as_json(cast("Any", x))
     if isinstance(x, (tuple, list)):
         return [_as_json(y) for y in cast("tuple[Any, ...]", x)]
     if isinstance(x, float) and not math.isfinite(x):
@@ -175,16 +172,23 @@ def _as_json(x: Any) -> Any:
     return {"object": _name(x if hasattr(x, "__qualname__") else type(x))}
 
 
+def _call_as_json(x: Any) -> dict[str, Any]:
+    """A class and its arguments, which are attributes of what was made with them."""
+    kind = cast("Any", type(x))
+    arguments = [name for name in inspect.signature(kind).parameters if hasattr(x, name)]
+    return {"class": _name(kind), **{a: _as_json(getattr(x, a)) for a in arguments}}
+
+
 def _name(x: Any) -> str:
     """What a class or a function is called: by its name alone if it is funcparam's."""
     if x is Function:
         return "transform"
     name = x.__qualname__
-    return name if _own(name) is x else f"{x.__module__}:{name}"
+    return name if class_called(name) is x else f"{x.__module__}:{name}"
 
 
-def _own(name: str) -> type | None:
-    """The class of funcparam's that has a name."""
+def class_called(name: str) -> Any:
+    """The transform of funcparam's that has a name; None if there is none."""
     if name == "transform":
         return Function
     public = name in funcparam.transforms.__all__
@@ -204,7 +208,7 @@ def _made(x: Any, known: Known) -> Any:
     name = told.get("class", told.get("object"))
     made = known.get(name) if isinstance(name, str) else None
     if isinstance(name, str) and made is None:
-        made = _own(name)
+        made = class_called(name)
     if made is None:
         raise ValueError(
             f"the file names {name!r}, which is not funcparam's: give it,"

@@ -80,6 +80,15 @@ def bare_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _TRANSPARENT)
 
 
+def unwrapped(keys: Sequence[str]) -> dict[str, str]:
+    """Each key without what wrappers and training checkpoints put there: the file's own."""
+    inner = [key for key in keys if key.startswith(("state_dict.", "model_state_dict."))]
+    place = f"{inner[0].partition('.')[0]}." if inner else ""
+    kept = [key for key in keys if key.startswith(place) and not _is_count(key, keys)]
+    bare = {bare_name(key.removeprefix(place)): key for key in kept}
+    return bare if len(bare) == len(kept) else {key: key for key in keys}
+
+
 def _is_count(key: str, keys: Sequence[str]) -> bool:
     """Whether it is what AveragedModel has beside its module."""
     head = key.removesuffix("n_averaged")

@@ -189,6 +189,19 @@ def test_functions_are_named():
         checkpoint.read(written)
 
 
+def test_arguments_that_are_newer_than_the_file_have_their_defaults():
+    value = torch.randn(4, 3)
+    p = fp.parametrize({"w": value}, {"w": SpectralNorm()})
+    raw, state = p.init({"w": value})
+    written = checkpoint.write(p, raw, state)
+    text = written._metadata[""]["funcparam"]
+    assert '"eps": 1e-12' in text
+    written._metadata[""]["funcparam"] = text.replace(', "eps": 1e-12', "")
+    found = checkpoint.read(written, p)
+    assert torch.equal(found.raw["w"], raw["w"])
+    assert checkpoint.parametrization(written) == p
+
+
 def test_nothing_is_imported_from_a_file(tmp_path):
     (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
     found = OrderedDict({"w": torch.ones(2)})

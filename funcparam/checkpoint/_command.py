@@ -1,0 +1,175 @@
+"""The command line: `python -m funcparam explain | convert | fold | diff`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from funcparam.checkpoint._contents import Contents
+from funcparam.checkpoint._diff import difference
+from funcparam.checkpoint._explain import explain
+from funcparam.checkpoint._files import load_telling, save
+from funcparam.checkpoint._flat import tensors_and_others
+from funcparam.checkpoint._read import take
+from funcparam.checkpoint._silent import parametrization_by, transform_of
+from funcparam.checkpoint._spec import said
+from funcparam.checkpoint._write import Style, rewritten
+
+Tell = Callable[[str], None]
+
+_HELP = """Says what a checkpoint is, and converts it: files of safetensors and of torch.save, an
+index of several, or a folder with one of these. No code from a file is run."""
+_CODES = """exit status: 0, done, or no difference; 1, files differ; 2, an error, of which standard
+error has one line; nothing was written then"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments` name, and return its exit status."""
+    given = _parser().parse_args(arguments)
+    tell = _teller()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            status = int(given.run(given, tell))
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 0
+        except (OSError, ValueError, TypeError, ImportError, pickle.UnpicklingError) as error:
+            tell("")
+            print(f"funcparam: error: {_line(error)}", file=sys.stderr)
+            status = 2
+    for warning in caught:
+        print(f"funcparam: warning: {_line(warning.message)}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m funcparam", description=_HELP, epilog=_CODES)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any, Tell], int], text: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=text, description=text, epilog=_CODES)
+        own.add_argument("--entry", help="the entry of a training checkpoint to take")
+        own.set_defaults(run=run)
+        return own
+
+    own = command("explain", _explain, "say how each tensor is stored")
+    own.add_argument("file", type=Path)
+    for name, run, text in (
+        ("convert", _convert, "write a checkpoint under other keys"),
+        ("fold", _fold, "write the values, as a plain network has them"),
+    ):
+        own = command(name, run, text)
+        own.add_argument("file", type=Path)
+        own.add_argument("out", type=Path, help="a file; of safetensors if it ends so")
+        if name == "convert":
+            own.add_argument("--to", required=True, choices=get_args(Style), help="whose keys")
+        _add_rules(own)
+    own = command("diff", _diff, "compare the values of two checkpoints")
+    own.add_argument("file", type=Path)
+    own.add_argument("other", type=Path)
+    own.add_argument("--tolerance", type=float, default=0.0, help="what counts as equal")
+    _add_rules(own)
+    return parser
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rule",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "TRANSFORM"),
+        help="the transform of tensors by a name or glob, where the file does not say it, as"
+        " 'encoder.*.weight' 'WeightNorm(dim=2)'; may be given several times",
+    )
+
+
+def _explain(given: Any, tell: Tell) -> int:
+    found = explain(_entry_of(given.file, given, tell))
+    tell("")
+    print(found)
+    return 0
+
+
+def _convert(given: Any, tell: Tell) -> int:
+    return _write(given, given.to, tell)
+
+
+def _fold(given: Any, tell: Tell) -> int:
+    return _write(given, "plain", tell)
+
+
+def _write(given: Any, style: Style, tell: Tell) -> int:
+    if not given.out.parent.is_dir():
+        raise FileNotFoundError(f"{str(given.out.parent)!r}: no such folder")
+    if given.out.is_dir():
+        raise IsADirectoryError(f"{str(given.out)!r}: expected a file to write; got a folder")
+    written = rewritten(_contents(given.file, given, tell), style)
+    tell(f"writing {given.out}")
+    # beside it, under a name with the same ending: a file is there whole or not at all
+    unfinished = given.out.with_name(f".unfinished-{os.getpid()}-{given.out.name}")
+    try:
+        save(written, unfinished)
+        unfinished.replace(given.out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    tell("")
+    return 0
+
+
+def _diff(given: Any, tell: Tell) -> int:
+    first, second = (
+        rewritten(_contents(path, given, tell), "plain") for path in (given.file, given.other)
+    )
+    found = difference(first, second, tolerance=given.tolerance)
+    tell("")
+    if found.rows:
+        print(found)
+    return int(bool(found.rows))
+
+
+def _contents(path: Path, given: Any, tell: Tell) -> Contents:
+    """What a file holds, by the transforms that it says, or by its keys and the rules."""
+    rules = [(selector, transform_of(call)) for selector, call in given.rule]
+    file = _entry_of(path, given, tell)
+    try:
+        if said(file):
+            return take(file)
+        return take(file, parametrization_by(tensors_and_others(file)[0], rules))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def _entry_of(path: Path, given: Any, tell: Tell) -> Any:
+    file = load_telling(path, "cpu", tell)
+    if given.entry is None:
+        return file
+    if given.entry not in file:
+        raise ValueError(f"{str(path)!r}: no entry {given.entry!r}; got {list(file)[:8]}")
+    return file[given.entry]
+
+
+def _line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _teller() -> Tell:
+    """A line on the screen that the next one replaces; nothing where nobody looks on."""
+    if not sys.stderr.isatty():
+        return lambda _: None
+    width = 0
+
+    def tell(text: str) -> None:
+        nonlocal width
+        print(f"\r{text:{width}}\r{text}", end="", file=sys.stderr, flush=True)
+        width = len(text)
+
+    return tell
