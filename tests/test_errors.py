@@ -21,6 +21,7 @@ from torch import nn
 
 import funcparam as fp
 from funcparam import compat
+from funcparam.checkpoint import _command
 from funcparam.compat import parametrize
 from funcparam.transforms import Mask, Symmetric, WeightNorm
 from tests.networks import Tied
@@ -93,6 +94,16 @@ def saying(*texts):
 def leaf(transform, **more):
     told = {"names": ["w"], "shape": [2, 3], "dtype": "float32", "transform": transform}
     return json.dumps({"version": 1, "leaves": [told | more]})
+
+
+def command(name, *tensors, more=()):
+    """A command, with a file for each of these."""
+    folder = Path(tempfile.mkdtemp())
+    for i, given in enumerate(tensors):
+        torch.save(given, folder / f"{i}.pt")
+    files = [folder / f"{i}.pt" for i in range(len(tensors))]
+    given = _command._parser().parse_args([name, *map(str, [*files, *more])])
+    return given.run(given, lambda _: None)
 
 
 def endless():

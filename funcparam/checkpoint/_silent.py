@@ -112,7 +112,4 @@ def _candidates(item: Stored, transform: AnyTransform, parts: Iterable[Tensor]) 
 
 
 def _made(item: Stored, transform: AnyTransform | None, value: Tensor) -> Entry:
-    try:
-        return Entry((item.name,), signature(transform, value), transform)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{item.name!r}: {error}") from error
+    return Entry((item.name,), signature(transform, value), transform)
