@@ -54,8 +54,9 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
     * `print(p)`, `p.summary(raw, state)` and `p.plot(raw, state)` say what is there;
       `p.violation(p(raw, state), state)`, how far each weight is from its constraint.
     * `fp.fold(net, p(raw, state))` is a plain copy of `net` with the weights in it;
-      `torch.save({"raw": raw, "state": state}, path)` saves both, and `fp.checkpoint` reads and
-      writes other files; `fp.Parametrized(net, p)` is all this as a module.
+      `fp.checkpoint.write(p, raw, state, net)` is what to save, with the buffers of `net`, and
+      `fp.checkpoint` reads and writes other files; `fp.Parametrized(net, p)` is all this as a
+      module.
 
     `parametrize` itself computes and changes nothing: shapes are worked out on meta tensors. So
     one `p` serves every network of the same names and shapes, an ensemble's members for one.
