@@ -22,6 +22,7 @@ from funcparam.transforms import (
     OFT,
     Affine,
     AlmostOrthogonal,
+    Ball,
     BlockCirculant,
     BlockDiagonal,
     Cat,
@@ -39,10 +40,13 @@ from funcparam.transforms import (
     Gain,
     Grassmann,
     Hadamard,
+    Hermitian,
     Identity,
     Interval,
     Invertible,
+    Isospectral,
     Kronecker,
+    LeftHalfPlane,
     LInfLipschitz,
     LoHa,
     LoRA,
@@ -50,6 +54,7 @@ from funcparam.transforms import (
     LowRank,
     Mask,
     Monarch,
+    NMSparse,
     Ordered,
     Orthogonal,
     OrthogonalConv,
@@ -62,9 +67,11 @@ from funcparam.transforms import (
     Reshape,
     Simplex,
     Skew,
+    SkewHermitian,
     Sparse,
     SpecialLinear,
     SpecialOrthogonal,
+    SpectralCap,
     SpectralNorm,
     StableDiagonal,
     Stack,
@@ -73,6 +80,7 @@ from funcparam.transforms import (
     Symmetric,
     Ternary,
     Toeplitz,
+    TopK,
     Transform,
     Transpose,
     Triangular,
@@ -301,6 +309,44 @@ def _largest_entries(count: int) -> Callable[[Tensor], Tensor]:
     def apply(x: Tensor) -> Tensor:
         least = sorted(x.abs().flatten().tolist())[-count]
         return torch.where(x.abs() >= least, x, 0)
+
+    return apply
+
+
+def _hermitian_parts(w: Tensor) -> Tensor:
+    """The real parts of the upper triangle and the imaginary ones below the diagonal."""
+    return torch.where(torch.ones_like(w.real).triu() == 1, w.real, w.imag)
+
+
+def _negative_real(x: Tensor) -> Tensor:
+    return torch.complex(-x.real.exp(), x.imag if x.is_complex() else x.flip(-1))
+
+
+def _on_l1_ball(radius: float) -> Callable[[Tensor], Tensor]:
+    """The nearest point: shrunk by the number that makes the norm the radius, by bisection."""
+
+    def apply(x: Tensor) -> Tensor:
+        low, high = 0.0, x.abs().max().item()
+        for _ in range(200):
+            shrink = (low + high) / 2
+            total = (x.abs() - shrink).clamp_min(0).sum()
+            low, high = (shrink, high) if total > radius else (low, shrink)
+        return x.sign() * (x.abs() - high).clamp_min(0) if x.abs().sum() > radius else x
+
+    return apply
+
+
+def _on_l2_ball(radius: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * min(1.0, radius / x.norm().item())
+
+
+def _n_of_m(n: int, m: int) -> Callable[[Tensor], Tensor]:
+    def apply(x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for group, kept in zip(x.flatten().split(m), out.view(-1).split(m), strict=True):
+            for i in sorted(range(m), key=lambda i: -abs(group[i].item()))[:n]:
+                kept[i] = group[i]
+        return out
 
     return apply
 
@@ -653,6 +699,70 @@ CASES = [
         complex=True,
     ),
     Case(DoublyStochastic(), ((4, 4), (2, 3, 3), (1, 1)), _numpy(_sinkhorn)),
+    *(
+        Case(
+            kind(),
+            SQUARE,
+            lambda x, f=factor: _complex(x) + f * _complex(x).mH,
+            complex=True,
+            log_det=lambda x: x,
+            free_of_value=lambda w, f=factor: _hermitian_parts(w if f == 1 else -1j * w),
+        )
+        for kind, factor in ((Hermitian, 1), (SkewHermitian, -1))
+    ),
+    Case(
+        LeftHalfPlane(),
+        ((4,), (2, 3)),
+        _negative_real,
+        complex=True,
+        log_det=lambda x: x,
+        free_of_value=torch.view_as_real,
+    ),
+    Case(
+        LeftHalfPlane(pairs=True),
+        ((4, 2), (2, 3, 2)),
+        lambda x: torch.view_as_real(_negative_real(torch.view_as_complex(x))),
+        log_det=lambda x: x,
+        free_of_value=lambda w: w,
+    ),
+    Case(
+        SpectralCap(1.2),
+        ((4, 4), (5, 3), (2, 3, 4), (1, 1)),
+        _numpy(_singular_values(lambda s: s / (1 + s))),
+        _numpy(_singular_values(lambda s: np.minimum(s, 1.2))),
+        complex=True,
+    ),
+    Case(Isospectral(), MATRICES, complex=True),
+    Case(Ball(), ((3, 4), (5,), ()), _on_l2_ball(0.9), _on_l2_ball(1)),
+    Case(
+        Ball(2, 1.5, dim=0), ((3, 4),), _each_column(_on_l2_ball(1)), _each_column(_on_l2_ball(1.5))
+    ),
+    Case(
+        Ball(np.inf, 0.5), ((3, 4), (5,), ()), lambda x: 0.4 * x.sin(), lambda x: x.clamp(-0.5, 0.5)
+    ),
+    Case(Ball(1, 1.5), ((3, 4), (5,), ()), _on_l1_ball(1.4), _on_l1_ball(1.5)),
+    Case(Ball(1, dim=-1), ((3, 4),), _each_row(_on_l1_ball(0.9)), _each_row(_on_l1_ball(1))),
+    Case(
+        TopK(0.4),
+        ((3, 4), (5,)),
+        lambda x: _largest_entries(max(1, round(0.4 * x.numel())))(x),
+        lambda x: _largest_entries(max(1, round(0.4 * x.numel())))(x),
+        straight_through=lambda x, _: x,
+    ),
+    Case(
+        NMSparse(2, 4),
+        ((3, 4), (2, 2, 8)),
+        _n_of_m(2, 4),
+        _n_of_m(2, 4),
+        straight_through=lambda x, _: x,
+    ),
+    Case(
+        NMSparse(1, 2, dim=0),
+        ((4, 3),),
+        lambda x: _n_of_m(1, 2)(x.mT.contiguous()).mT,
+        lambda x: _n_of_m(1, 2)(x.mT.contiguous()).mT,
+        straight_through=lambda x, _: x,
+    ),
     # adapters and others from parts
     Case(Sum(Frozen(), Chain(Kronecker((2, 1)), Affine(0.5))), ((4, 4), (2, 3)), complex=True),
     Case(

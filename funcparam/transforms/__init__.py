@@ -13,6 +13,7 @@ from funcparam.transforms.contract.precision import full_precision
 if TYPE_CHECKING:
     from funcparam.transforms._adapters import IA3, OFT, DoRA, LoHa, VeRA
     from funcparam.transforms._almost_orthogonal import AlmostOrthogonal
+    from funcparam.transforms._ball import Ball
     from funcparam.transforms._block_circulant import BlockCirculant
     from funcparam.transforms._boft import BOFT
     from funcparam.transforms._bounds import Interval, LowerBound, UpperBound
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
     from funcparam.transforms._frozen import Frozen
     from funcparam.transforms._gain import Gain
     from funcparam.transforms._hadamard import Hadamard
+    from funcparam.transforms._half_plane import LeftHalfPlane
+    from funcparam.transforms._hermitian import Hermitian, SkewHermitian
     from funcparam.transforms._hra import HRA
     from funcparam.transforms._identity import Identity
     from funcparam.transforms._invertible import Invertible, SpecialLinear
+    from funcparam.transforms._isospectral import Isospectral
     from funcparam.transforms._kronecker import Kronecker
     from funcparam.transforms._lipschitz import AOL, LInfLipschitz
     from funcparam.transforms._lora import LoRA
@@ -49,7 +53,9 @@ if TYPE_CHECKING:
     from funcparam.transforms._simplex import Simplex
     from funcparam.transforms._sinkhorn import DoublyStochastic
     from funcparam.transforms._sparse import Sparse
+    from funcparam.transforms._sparsity import NMSparse, TopK
     from funcparam.transforms._spectral import SpectralNorm
+    from funcparam.transforms._spectral_cap import SpectralCap
     from funcparam.transforms._sphere import UnitNorm
     from funcparam.transforms._stable import StableDiagonal
     from funcparam.transforms._standardize import WeightStandardization
@@ -66,6 +72,7 @@ _FAMILY_OF: Mapping[str, str] = {
     "OFT": "_adapters",
     "VeRA": "_adapters",
     "AlmostOrthogonal": "_almost_orthogonal",
+    "Ball": "_ball",
     "BlockCirculant": "_block_circulant",
     "BOFT": "_boft",
     "Interval": "_bounds",
@@ -84,10 +91,14 @@ _FAMILY_OF: Mapping[str, str] = {
     "Frozen": "_frozen",
     "Gain": "_gain",
     "Hadamard": "_hadamard",
+    "LeftHalfPlane": "_half_plane",
+    "Hermitian": "_hermitian",
+    "SkewHermitian": "_hermitian",
     "HRA": "_hra",
     "Identity": "_identity",
     "Invertible": "_invertible",
     "SpecialLinear": "_invertible",
+    "Isospectral": "_isospectral",
     "Kronecker": "_kronecker",
     "AOL": "_lipschitz",
     "LInfLipschitz": "_lipschitz",
@@ -114,7 +125,10 @@ _FAMILY_OF: Mapping[str, str] = {
     "Simplex": "_simplex",
     "DoublyStochastic": "_sinkhorn",
     "Sparse": "_sparse",
+    "NMSparse": "_sparsity",
+    "TopK": "_sparsity",
     "SpectralNorm": "_spectral",
+    "SpectralCap": "_spectral_cap",
     "UnitNorm": "_sphere",
     "StableDiagonal": "_stable",
     "WeightStandardization": "_standardize",
@@ -138,6 +152,7 @@ __all__ = [
     "Affine",
     "AlmostOrthogonal",
     "AnyTransform",
+    "Ball",
     "BlockCirculant",
     "BlockDiagonal",
     "Cat",
@@ -155,17 +170,21 @@ __all__ = [
     "Gain",
     "Grassmann",
     "Hadamard",
+    "Hermitian",
     "Identity",
     "Interval",
     "Invertible",
+    "Isospectral",
     "Kronecker",
     "LInfLipschitz",
+    "LeftHalfPlane",
     "LoHa",
     "LoRA",
     "LowRank",
     "LowerBound",
     "Mask",
     "Monarch",
+    "NMSparse",
     "Ordered",
     "Orthogonal",
     "OrthogonalConv",
@@ -179,9 +198,11 @@ __all__ = [
     "Reshape",
     "Simplex",
     "Skew",
+    "SkewHermitian",
     "Sparse",
     "SpecialLinear",
     "SpecialOrthogonal",
+    "SpectralCap",
     "SpectralNorm",
     "StableDiagonal",
     "Stack",
@@ -191,6 +212,7 @@ __all__ = [
     "Symmetric",
     "Ternary",
     "Toeplitz",
+    "TopK",
     "Transform",
     "Transpose",
     "Triangular",

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast, final
+
+import torch
+from torch import Tensor
+
+from funcparam.transforms.contract.arguments import POSITIVE_NUMBER, expect_argument
+from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
+from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.orthogonal_maps import identity_like
+from funcparam.transforms.numerics.polar import polar_factor
+
+
+@final
+@dataclass(frozen=True)
+class SpectralCap(Transform[Tensor]):
+    r"""Matrices whose singular values are at most a bound: larger ones are cut, the others stay.
+
+    $$W = U \operatorname{diag}(\min(S, c)) V^H, \qquad X = U \operatorname{diag}(S) V^H$$
+
+    Raw has the shape of the value, `(..., m, n)`, and starts as the value. State `{"cap"}` holds
+    `c` as a scalar, so that it can be scheduled or swept with `vmap`; `cap` here is what init
+    writes there. Real and complex. A value whose singular values are at most `cap` is kept; any
+    other goes to the nearest such matrix in the Frobenius norm. `rebase` makes the value raw, so
+    that what was cut is forgotten: above the bound a singular value has no gradient.
+
+    There is no decomposition: with `Y = X / c`, its polar factor `Q` and the sign `J` of
+    `I - Y^H Y`, `2 W = c (Y (I + J) + Q (I - J))`, where both are found by products, as in
+    `Orthogonal("newton_schulz")`. So equal singular values do no harm in derivatives. Singular
+    values within 1e-5 of the bound may stay that far above it.
+
+    Args:
+        cap: the largest singular value, positive.
+
+    Raises:
+        ValueError: `cap` is not positive; at `fp.parametrize`, if the value has fewer than two
+            dimensions.
+
+    Example:
+        >>> import torch
+        >>> from funcparam.transforms import SpectralCap
+        >>> raw, state = SpectralCap(2.0).right_inverse(torch.diag(torch.tensor([5.0, 1.0])))
+        >>> SpectralCap(2.0).forward(raw, state).round(decimals=4)
+        tensor([[2., 0.],
+                [0., 1.]])
+
+    Source: Newhouse et al., Training transformers with enforced Lipschitz constants,
+    arXiv 2507.13338 (spectral cap); Amsel et al., The Polar Express, arXiv 2505.16932.
+    """
+
+    cap: float
+
+    def __post_init__(self) -> None:
+        expect_argument(self, "cap", POSITIVE_NUMBER)
+
+    @full_precision
+    def forward(self, raw: Tensor, state: State) -> Tensor:
+        wide = raw.shape[-2] < raw.shape[-1]
+        Y = (raw.mH if wide else raw) / state["cap"]
+        identity = identity_like(Y[..., :1, :].mH @ Y[..., :1, :])
+        # the sign of 1 - s^2, of a matrix whose eigenvalues are in [-1, 1] however large s is
+        inside = polar_factor(2 * linalg.inv(identity + Y.mH @ Y) - identity)
+        W = (Y @ (identity + inside) + polar_factor(Y) @ (identity - inside)) * (state["cap"] / 2)
+        return W.mH if wide else W
+
+    @full_precision
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, State]:
+        return value, {"cap": value.real.new_full((), self.cap)}
+
+    @full_precision
+    def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.forward(raw, state), state
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """How far the largest singular value is above the bound; one in state counts if given."""
+        spectrum = cast("Tensor", linalg.svdvals(value))
+        return largest((spectrum - state.get("cap", self.cap)).clamp_min(0))
+
+    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(
+            f"{self!r} has no log_abs_det_jacobian: what is above the bound is lost, so its"
+            " Jacobian is singular"
+        )
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_matrix(self, value)
