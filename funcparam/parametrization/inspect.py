@@ -37,7 +37,11 @@ def overview(entries: Sequence[Entry]) -> Table:
 
 
 def summary(
-    entries: Sequence[Entry], raw: RawTree, state: StateTree, violations: Mapping[str, Tensor]
+    entries: Sequence[Entry],
+    raw: RawTree,
+    state: StateTree,
+    values: Mapping[str, Tensor],
+    violations: Mapping[str, Tensor],
 ) -> Table:
     """How many numbers are trained and held, and how far each value is from its constraint."""
     rows = [
@@ -46,7 +50,7 @@ def summary(
             spelt(transform),
             _shapes(group[0].signature.raw) or "nothing",
             *_counts([raw[e.name] for e in group], [state.get(e.name, {}) for e in group]),
-            _largest([violations[e.name] for e in group]),
+            _largest([(values[e.name], violations[e.name]) for e in group]),
         )
         for transform, group in _rows(entries)
     ]
@@ -131,10 +135,14 @@ def _shapes(specs: TensorSpec | NamedSpecs) -> str:
     return ", ".join(f"{name}: {spec.shape}" for name, spec in specs)
 
 
-def _largest(scalars: Sequence[Tensor]) -> str:
-    if any(scalar.is_meta for scalar in scalars):
+def _largest(measured: Sequence[tuple[Tensor, Tensor]]) -> str:
+    """The largest violation of these values; NaN of a finite one says that it is not measured."""
+    if any(violation.is_meta for _, violation in measured):
         return "meta"
-    return f"{max((s.item() for s in scalars), key=lambda x: (isnan(x), x)):.1e}"
+    value, violation = max(measured, key=lambda pair: (isnan(pair[1]), pair[1].item()))
+    if isnan(violation) and bool(value.isfinite().all()):
+        return "not measured"
+    return f"{violation.item():.1e}"
 
 
 def _counts(raw: Leaves, state: Leaves) -> tuple[str, str]:

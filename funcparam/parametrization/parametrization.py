@@ -244,6 +244,9 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     def violation(self, params: Any, state: StateTree | None = None) -> dict[str, Tensor]:
         """Measure how far each parametrized value is from its constraint; 0 is on it.
 
+        NaN where it is not known how, as of a transform made from functions without a right
+        inverse; [`summary`][..summary] says "not measured" there.
+
         Args:
             params: a module, or parameters as `p` returns them.
             state: needed where it is part of the constraint (a mask, a frozen base).
@@ -275,7 +278,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         """
         state = self._check(raw, state)
         values = self._chosen_values(raw, state)
-        return summary(self.entries, raw, state, self._violations(values, state))
+        return summary(self.entries, raw, state, values, self._violations(values, state))
 
     def plot(self, raw: RawTree, state: StateTree | None = None) -> Figure:
         """Draw how far each value is from its constraint, and the singular values of each matrix.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,11 @@ def plot(
     plt = _pyplot()
     height = max(3.0, 1 + 0.25 * len(names))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), layout="constrained")
-    left.barh(names, [violations[name].item() for name in names])
+    lengths = [violations[name].item() for name in names]
+    left.barh(names, lengths)
+    for i, length in enumerate(lengths):
+        if isnan(length):
+            left.text(0, i, " not measured", va="center", fontsize="small")
     left.invert_yaxis()
     left.set_xscale("symlog", linthresh=1e-8)  # linear around 0, which most are
     left.set_xlim(left=0)

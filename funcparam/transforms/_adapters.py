@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import nan, prod
 from typing import ClassVar, cast, final
 
 import torch
@@ -99,8 +99,8 @@ class DoRA(Transform[Mapping[str, Tensor]]):
         return {**factors, "magnitude": norms(value.flatten(1), (1,)).squeeze(1)}, state
 
     def violation(self, value: Tensor, state: State) -> Tensor:
-        """Zero: what no lengths of the rows can mend is not measured."""
-        return value.new_zeros(())
+        """NaN: which rows some lengths bring within low rank of the base is not measured."""
+        return value.new_full((), nan)
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)

@@ -18,6 +18,7 @@ from funcparam.parametrization.inspect import spelt
 from funcparam.transforms import (
     Cat,
     Chain,
+    DoRA,
     Frozen,
     Interval,
     LoRA,
@@ -394,3 +395,20 @@ def test_trainable_refuses_all_or_nothing():
     ):
         fp.trainable({"good": good, "w": computed})
     assert not good.requires_grad
+
+
+def test_what_is_not_measured_is_said_and_never_0():
+    tree = {"a": torch.eye(2), "b": torch.eye(2), "c": torch.eye(2)}
+    rules = {"a": DoRA(1), "b": fp.transform(torch.sin), "c": WeightNorm()}
+    p = fp.parametrize(tree, rules)
+    one = fp.parametrize({"a": tree["a"], "c": tree["c"]}, {"a": DoRA(1), "c": WeightNorm()})
+    raw, state = one.init({"a": tree["a"], "c": tree["c"]})
+    raw["b"] = torch.eye(2)
+    violation = p.violation(p(raw, state), state)
+    assert [violation[name].isnan().item() for name in "abc"] == [True, True, False]
+    ends = [row[-1] for row in p.summary(raw, state).rows]
+    assert ends == ["not measured", "not measured", "0.0e+00", ""]
+    figure = p.plot(raw, state)
+    assert sum(text.get_text() == " not measured" for text in figure.axes[0].texts) == 2
+    raw["a"] = {**raw["a"], "magnitude": torch.full((2,), torch.nan)}
+    assert p.summary(raw, state).rows[0][-1] == "nan"  # of what has diverged

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 from typing import Any, final
 
 import torch
@@ -44,7 +45,9 @@ class Function(Transform[Any]):
         return self.inverse(value), {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
-        """Largest |forward(right_inverse(value)) - value|; nothing else is known of it."""
+        """Largest |forward(right_inverse(value)) - value|; NaN without a right inverse."""
+        if self.inverse is None:
+            return value.real.new_full((), nan)
         raw, state = self.right_inverse(value)
         return largest(self.forward(raw, state) - value)
 
