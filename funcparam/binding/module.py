@@ -316,9 +316,9 @@ class Parametrized(nn.Module):
         return cast("nn.Module", self._modules["net"])
 
     def _hold(self, entry: Entry, raw: Raw, state: State, is_buffer: bool) -> None:  # noqa: FBT001
-        adapts = cast("Any", entry.transform).is_adapter
-        grad = self._flags[entry.name] or adapts
         for path, tensor in paths(entry.name, raw):
+            key = path.removeprefix(entry.name).removeprefix(".")
+            grad = self._flags[entry.name] or cast("Any", entry.transform).adapts(key)
             place(self.raw, path, tensor if is_buffer else nn.Parameter(tensor, requires_grad=grad))
         for path, tensor in paths(entry.name, state):
             place(self.state, path, tensor)

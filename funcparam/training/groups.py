@@ -276,8 +276,8 @@ def _expect_raw_of(entries: Mapping[str, Entry], found: list[Part]) -> None:
 def _is_frozen(part: Part, entry: Entry, leaf: Leaf | None) -> bool:
     if isinstance(part.tensor, nn.Parameter):  # a shell's raw
         return not part.tensor.requires_grad
-    is_adapter = entry.transform is not None and entry.transform.is_adapter
-    return leaf is not None and not is_adapter and not leaf.tensor.requires_grad
+    adapts = entry.transform is not None and entry.transform.adapts(part.key)
+    return leaf is not None and not adapts and not leaf.tensor.requires_grad
 
 
 def _kind(part: Part, entry: Entry, leaf: Leaf | None) -> Kind:

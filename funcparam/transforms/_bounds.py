@@ -46,6 +46,7 @@ class Interval(Transform[Tensor]):
     Source: Stan reference manual, lower and upper bounded scalar.
     """
 
+    is_entrywise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     low: float
@@ -82,9 +83,9 @@ class Interval(Transform[Tensor]):
         return largest(torch.maximum(low - value, value - high).clamp_min(0))
 
     @full_precision
-    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
+    def log_derivative(self, raw: Tensor, state: State) -> Tensor:
         width = torch.log(state["high"] - state["low"])
-        return (width + logsigmoid(raw) + logsigmoid(-raw)).sum()
+        return width + logsigmoid(raw) + logsigmoid(-raw)
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
@@ -117,6 +118,7 @@ class LowerBound(Transform[Tensor]):
     Source: Stan reference manual, lower bounded scalar, with softplus for the exponential.
     """
 
+    is_entrywise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     low: float
@@ -140,8 +142,8 @@ class LowerBound(Transform[Tensor]):
         return largest((state.get("low", self.low) - value).clamp_min(0))
 
     @full_precision
-    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
-        return logsigmoid(raw).sum()
+    def log_derivative(self, raw: Tensor, state: State) -> Tensor:
+        return logsigmoid(raw)
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
@@ -173,6 +175,7 @@ class UpperBound(Transform[Tensor]):
     Source: Stan reference manual, upper bounded scalar, with softplus for the exponential.
     """
 
+    is_entrywise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     high: float
@@ -196,8 +199,8 @@ class UpperBound(Transform[Tensor]):
         return largest((value - state.get("high", self.high)).clamp_min(0))
 
     @full_precision
-    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
-        return logsigmoid(raw).sum()
+    def log_derivative(self, raw: Tensor, state: State) -> Tensor:
+        return logsigmoid(raw)
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)

@@ -48,6 +48,19 @@ class _Pieces(Parts):
         each = [part.log_abs_det_jacobian(X, own) for part, X, own in self.each(raw, state)]
         return torch.stack(each).sum()
 
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        pieces = self._split(value)
+        masks = [
+            part.free_in_value(piece, own_tensors(state, i))
+            for i, (part, piece) in enumerate(zip(self.parts, pieces, strict=True))
+        ]
+        if all(mask is None for mask in masks):
+            return None
+        pairs = zip(masks, pieces, strict=True)
+        return self._join(
+            [torch.ones_like(x, dtype=torch.bool) if m is None else m for m, x in pairs]
+        )
+
     def _check_pieces(self, value: Tensor) -> None:
         for part, piece in zip(self.parts, self._split(value), strict=True):
             part.check(piece)

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, final
+from itertools import pairwise
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from funcparam.transforms.contract.base import AnyTransform, State, Transform
 from funcparam.transforms.contract.roles import Role
+
+Part: TypeAlias = "tuple[AnyTransform, State]"
 
 
 @final
@@ -20,12 +23,16 @@ class Chain(Transform[Any]):
     the first can have named raw tensors. State holds the states of all under their position:
     `"1.base"` is the base point of the second. The right inverse runs backwards.
 
-    `rebase` moves the first transform's base point; the log-determinants add up. The constraint
-    that `violation` measures is that of the last transform that does more than move entries: of
-    `Chain(Orthogonal(), Reshape(...))` that of `Orthogonal`. What the ones before it exclude is
-    not measured: of `Chain(Symmetric(), Positive())` every positive value has violation 0. A right
-    inverse finds one of many raws, and would blame values that the chain itself returns, as those
-    of `Chain(UnitNorm(), SpectralNorm())`.
+    `rebase` moves the first transform's base point. The constraint that `violation` measures is
+    that of the last transform that has one, on the value without what comes after it: of
+    `Chain(Orthogonal(), Affine(0.5))` that of `Orthogonal` on twice the value. What the ones before
+    it exclude is not measured: of `Chain(Symmetric(), Positive())` every positive value has
+    violation 0. A right inverse finds one of many raws, and would blame values that the chain
+    itself returns, as those of `Chain(UnitNorm(), SpectralNorm())`.
+
+    The log-determinants add up over the free coordinates: `Positive` after `Symmetric` counts the
+    upper triangle. A chain has one if at most one of its transforms does more than move entries or
+    map each by itself, or if all entries are free on both sides of those that do.
 
     Args:
         *parts: at least one transform.
@@ -102,18 +109,45 @@ class Chain(Transform[Any]):
         return raw, {**state, **{f"0.{key}": tensor for key, tensor in own.items()}}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
-        for part, own in reversed(list(self._each(state))):
-            if not part.moves_entries:
+        for part, own in reversed(list(self._flat(state))):
+            raw = part.undo(value, own)
+            if raw is None:
                 return part.violation(value, own)
-            value, _ = part.right_inverse(value)
+            value = raw
         return value.real.new_zeros(())
 
     def log_abs_det_jacobian(self, raw: Any, state: State) -> Tensor:
-        total: Any = 0
-        for part, own in self._each(state):
-            total = total + part.log_abs_det_jacobian(raw, own)
-            raw = part.forward(raw, own)
+        parts, inputs = list(self._flat(state)), [raw]
+        for part, own in parts:
+            inputs.append(part.forward(inputs[-1], own))
+        total = inputs[-1].real.new_zeros(())
+        for (part, own), x in zip(parts, inputs, strict=False):
+            if _mixes(part):
+                total = total + part.log_abs_det_jacobian(x, own)
+        masks = self._free_in_each(parts, inputs)
+        for (part, own), x, free in zip(parts, inputs, masks, strict=False):
+            if part.is_entrywise:
+                total = total + _log_derivatives(part, x, own, free).sum()
         return total
+
+    def free_in_raw(self, raw: Any, state: State) -> Tensor | None:
+        parts = list(self._flat(state))
+        for i, (part, own) in enumerate(parts):
+            if _mixes(part):
+                return _before(parts[:i], part.free_in_raw(raw, own))[0]
+            raw = part.forward(raw, own)
+        return None
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        parts = list(self._flat(state))
+        for i, (part, own) in reversed(list(enumerate(parts))):
+            if _mixes(part):
+                return _behind(parts[i + 1 :], part.free_in_value(value, own))[-1]
+            value, _ = part.right_inverse(value) if part.moves_entries else (value, own)
+        return None
+
+    def adapts(self, key: str) -> bool:
+        return self.parts[0].adapts(key)
 
     def check(self, value: Tensor) -> None:
         # each part is asked about what it is to return, whose shape the ones after it may change
@@ -128,8 +162,75 @@ class Chain(Transform[Any]):
             if isinstance(raw, Tensor):  # else right_inverse says what is wrong
                 value = raw
 
-    def _each(self, state: State) -> Iterator[tuple[AnyTransform, State]]:
+    def _each(self, state: State) -> Iterator[Part]:
         for i, part in enumerate(self.parts):
             prefix = f"{i}."
             own = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
             yield part, own
+
+    def _flat(self, state: State) -> Iterator[Part]:
+        """The parts, with those of chains among them in their place."""
+        for part, own in self._each(state):
+            if isinstance(part, Chain):
+                yield from part._flat(own)
+            else:
+                yield part, own
+
+    def _free_in_each(self, parts: list[Part], inputs: list[Any]) -> list[Tensor | None]:
+        """Which entries of what each part takes are free; only the entrywise ones need to know."""
+        mixing = [i for i, (part, _) in enumerate(parts) if _mixes(part)]
+        free: list[Tensor | None] = [None] * len(parts)
+        if not mixing:
+            return free
+        first, last = mixing[0], mixing[-1]
+        for one, two in pairwise(mixing):
+            masks = [
+                parts[one][0].free_in_value(inputs[one + 1], parts[one][1]),
+                parts[two][0].free_in_raw(inputs[two], parts[two][1]),
+            ]
+            if any(mask is not None for mask in masks):
+                raise NotImplementedError(
+                    f"{self!r} has no log_abs_det_jacobian: not every entry of what"
+                    f" {parts[one][0]!r} returns and {parts[two][0]!r} takes is free, and which are"
+                    " so in both is not known"
+                )
+        if first:
+            part, own = parts[first]
+            free[:first] = _before(parts[:first], part.free_in_raw(inputs[first], own))
+        if last + 1 < len(parts):
+            part, own = parts[last]
+            behind = _behind(parts[last + 1 :], part.free_in_value(inputs[last + 1], own))
+            free[last + 1 :] = behind[:-1]
+        return free
+
+
+def _mixes(part: AnyTransform) -> bool:
+    """Whether an entry of the value may depend on several of raw, or some of raw are not used."""
+    return not (part.moves_entries or part.is_entrywise)
+
+
+def _before(parts: list[Part], free: Tensor | None) -> list[Tensor | None]:
+    """The mask of free entries in front of each part, given the one behind all."""
+    masks = [free]
+    for part, _ in reversed(parts):
+        if free is not None and part.moves_entries:
+            free, _ = part.right_inverse(free)
+        masks.insert(0, free)
+    return masks[:-1] or masks
+
+
+def _behind(parts: list[Part], free: Tensor | None) -> list[Tensor | None]:
+    """The mask of free entries in front of each part and behind the last, given the first one."""
+    masks = [free]
+    for part, own in parts:
+        if free is not None and part.moves_entries:
+            free = part.forward(free, own)
+        masks.append(free)
+    return masks
+
+
+def _log_derivatives(part: AnyTransform, x: Tensor, own: State, free: Tensor | None) -> Tensor:
+    if free is None:
+        return part.log_derivative(x, own)
+    # an entry that does not count may be where the derivative is 0, and its logarithm infinite
+    return torch.where(free, part.log_derivative(torch.where(free, x, 1), own), 0)

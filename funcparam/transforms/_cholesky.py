@@ -76,6 +76,12 @@ class CholeskyFactor(Transform[Tensor]):
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         return logsigmoid(_diagonal(raw)).sum()
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return torch.ones_like(raw, dtype=torch.bool).tril()
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return torch.ones_like(value, dtype=torch.bool).tril()
+
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
         expect_square(self, value)
@@ -155,6 +161,12 @@ class PositiveDefinite(Transform[Tensor]):
         n = X.shape[-1]
         powers = torch.arange(n, 0, -1, dtype=X.dtype, device=X.device)
         return (log(2) + powers * softplus(X).log() + logsigmoid(X)).sum()
+
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return torch.ones_like(raw, dtype=torch.bool).tril()
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return torch.ones_like(value, dtype=torch.bool).tril()
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)

@@ -91,6 +91,12 @@ class CorrelationCholesky(Transform[Tensor]):
         X = _below_diagonal(raw)
         return (_log_sech2(X) + _log_left(X).tril(-1) / 2).sum()
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return None
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return torch.ones_like(value, dtype=torch.bool).tril(-1)
+
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
         expect_square(self, value)

@@ -47,6 +47,12 @@ class Diagonal(Transform[Tensor]):
         """Zero: entries are kept as they are."""
         return raw.real.new_zeros(())
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return None
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return self.forward(torch.ones_like(value.diagonal(dim1=-2, dim2=-1)), {}) != 0
+
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_square(self, value)

@@ -45,5 +45,8 @@ class Frozen(Transform[Mapping[str, Tensor]]):
         """Zero: nothing is free."""
         return torch.zeros((), device=state["value"].device)
 
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return torch.zeros_like(value, dtype=torch.bool)
+
     def check(self, value: Tensor) -> None:
         """Everything can be frozen."""

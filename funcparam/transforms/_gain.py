@@ -7,6 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._parts import Parts, checked_parts, merged
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument
 from funcparam.transforms.contract.base import AnyTransform, State, expect_dim
@@ -67,6 +68,12 @@ class Gain(Parts):
 
     def role(self, key: str) -> Role:
         return "magnitude" if key == "gain" else super().role(key)
+
+    def adapts(self, key: str) -> bool:
+        """A gain over a frozen weight, or over an adapter, is trained as an adapter is."""
+        if key == "gain":
+            return self.part.is_adapter or isinstance(self.part, Frozen)
+        return super().adapts(key)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

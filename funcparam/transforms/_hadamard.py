@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._parts import Parts, checked_parts, merged
 from funcparam.transforms.contract.base import AnyTransform, State
 from funcparam.transforms.contract.precision import full_precision
@@ -57,6 +58,10 @@ class Hadamard(Parts):
     def role(self, key: str) -> Role:
         role = super().role(key)
         return "factor" if role == "weight" else role
+
+    def adapts(self, key: str) -> bool:
+        """Beside a frozen part the others are what is added to it, and are trained."""
+        return super().adapts(key) or any(isinstance(part, Frozen) for part in self.parts)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

@@ -59,6 +59,9 @@ class Hermitian(Transform[Tensor]):
         """Zero: raw has the free real and imaginary parts of the value."""
         return raw.new_zeros(())
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return None
+
     def check(self, value: Tensor) -> None:
         _expect_complex_square(self, value, "Symmetric()")
 
@@ -104,6 +107,9 @@ class SkewHermitian(Transform[Tensor]):
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         """Zero: raw has the free real and imaginary parts of the value."""
         return raw.new_zeros(())
+
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return None
 
     def check(self, value: Tensor) -> None:
         _expect_complex_square(self, value, "Skew()")

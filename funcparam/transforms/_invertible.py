@@ -113,6 +113,12 @@ class Invertible(Transform[Tensor]):
         columns = ((2 * below + 1) * log_diagonal + slopes).sum(-1)
         return (2 * n * (base + inverse) + columns + n * log(2)).sum()
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return None
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return None
+
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_square(self, value)

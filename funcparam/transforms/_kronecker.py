@@ -70,6 +70,10 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
         if len(self.left) != 2 or min(self.left) <= 0:
             raise ValueError(f"Kronecker expects left to be two positive sides; got {self.left}")
 
+    def adapts(self, key: str) -> bool:
+        name, _, own = key.partition(".")
+        return (self.A if name == "A" else self.B).adapts(own)
+
     def role(self, key: str) -> Role:
         name, _, own = key.partition(".")
         role = (self.A if name == "A" else self.B).role(own)

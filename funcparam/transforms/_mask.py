@@ -45,3 +45,9 @@ class Mask(Transform[Tensor]):
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         """Zero: entries are kept as they are, or are not free."""
         return raw.real.new_zeros(())
+
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return state["mask"]
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return state["mask"]

@@ -72,6 +72,12 @@ class Ordered(Transform[Tensor]):
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         return logsigmoid(raw[..., 1:]).sum()
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return None
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return None
+
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
         expect_dim(self, value, -1)

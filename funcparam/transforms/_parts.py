@@ -28,6 +28,10 @@ class Parts(Transform[Mapping[str, Tensor]]):
         position, _, own = key.partition(".")
         return self.parts[int(position)].role(own)
 
+    def adapts(self, key: str) -> bool:
+        position, _, own = key.partition(".")
+        return self.parts[int(position)].adapts(own)
+
     def each(
         self, raw: Mapping[str, Tensor], state: State
     ) -> Iterator[tuple[AnyTransform, Any, State]]:

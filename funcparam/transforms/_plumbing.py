@@ -48,6 +48,8 @@ class Affine(Transform[Tensor]):
     Source: `torch.distributions.transforms.AffineTransform`.
     """
 
+    is_entrywise: ClassVar[bool] = True
+
     scale: float = 1.0
     shift: float = 0.0
 
@@ -73,10 +75,15 @@ class Affine(Transform[Tensor]):
         """Zero: every tensor is a scaled and shifted one."""
         return value.real.new_zeros(())
 
+    def undo(self, value: Tensor, state: State) -> Tensor | None:
+        """(value - shift) / scale; the ones in state count if they are given."""
+        shift, scale = state.get("shift", self.shift), state.get("scale", self.scale)
+        return (value - shift) / scale
+
     @full_precision
-    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
-        coordinates = raw.numel() * (2 if raw.is_complex() else 1)
-        return coordinates * state["scale"].abs().log()
+    def log_derivative(self, raw: Tensor, state: State) -> Tensor:
+        coordinates = 2 if raw.is_complex() else 1
+        return (coordinates * state["scale"].abs().log()).expand(raw.shape)
 
 
 @final

@@ -51,6 +51,7 @@ class Positive(Transform[Tensor]):
     Source: `SoftplusTransform` and `ExpTransform` of `torch.distributions.transforms`.
     """
 
+    is_entrywise: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     map: Literal["softplus", "exp", "square"] = "softplus"
@@ -74,8 +75,8 @@ class Positive(Transform[Tensor]):
         return largest((-value).clamp_min(0))
 
     @full_precision
-    def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
-        return _MAPS[self.map].log_derivative(raw).sum()
+    def log_derivative(self, raw: Tensor, state: State) -> Tensor:
+        return _MAPS[self.map].log_derivative(raw)
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)

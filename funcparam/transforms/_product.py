@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms._low_rank import balanced_factors, singular_value
+from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._parts import Parts, checked_parts, merged
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument, expect_choice
 from funcparam.transforms.contract.base import AnyTransform, State, expect_filled, expect_matrix
@@ -79,6 +80,10 @@ class Product(Parts):
     def role(self, key: str) -> Role:
         role = super().role(key)
         return "factor" if role == "weight" else role
+
+    def adapts(self, key: str) -> bool:
+        """Beside a frozen part the others are what is added to it, and are trained."""
+        return super().adapts(key) or any(isinstance(part, Frozen) for part in self.parts)
 
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:

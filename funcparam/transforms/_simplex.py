@@ -90,6 +90,13 @@ class Simplex(Transform[Tensor]):
             )
         return (logsigmoid(_log_left(raw) - raw) + _log_sticks(raw)[..., :-1]).sum()
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return None
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        last = torch.arange(value.shape[-1], device=value.device) == value.shape[-1] - 1
+        return ~last.expand(value.shape)
+
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
         if value.ndim == 0 or value.shape[-1] == 0:

@@ -83,6 +83,9 @@ class StableDiagonal(Transform[Mapping[str, Tensor]]):
     def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         return (raw["nu"] - 2 * raw["nu"].exp()).sum()
 
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return None
+
     def check(self, value: Tensor) -> None:
         if not self.pairs:
             if not value.is_complex():

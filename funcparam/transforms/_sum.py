@@ -67,6 +67,10 @@ class Sum(Parts):
         beside_a_base = any(isinstance(part, Frozen) for part in self.parts)
         return "relative" if role == "weight" and beside_a_base else role
 
+    def adapts(self, key: str) -> bool:
+        """Beside a frozen part the others are what is added to it, and are trained."""
+        return super().adapts(key) or any(isinstance(part, Frozen) for part in self.parts)
+
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         return reduce(torch.add, [part.forward(X, own) for part, X, own in self.each(raw, state)])
@@ -100,6 +104,11 @@ class Sum(Parts):
             )
         part, X, own = trained[0]
         return part.log_abs_det_jacobian(X, own)
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        trained, _ = self._split({}, state)
+        part, _, own = trained[0]
+        return part.free_in_value(value, own)
 
     def check(self, value: Tensor) -> None:
         for part in self.parts:

@@ -47,6 +47,12 @@ class Symmetric(Transform[Tensor]):
         """Zero: the free coordinates of raw are those of the value."""
         return raw.real.new_zeros(())
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return torch.ones_like(raw, dtype=torch.bool).triu()
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return torch.ones_like(value, dtype=torch.bool).triu()
+
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_square(self, value)
@@ -90,6 +96,12 @@ class Skew(Transform[Tensor]):
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         """Zero: the free coordinates of raw are those of the value."""
         return raw.real.new_zeros(())
+
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return torch.ones_like(raw, dtype=torch.bool).tril(-1)
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return torch.ones_like(value, dtype=torch.bool).tril(-1)
 
     def check(self, value: Tensor) -> None:
         super().check(value)

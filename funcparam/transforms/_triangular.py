@@ -56,6 +56,12 @@ class Triangular(Transform[Tensor]):
         """Zero: the free coordinates of raw are those of the value."""
         return raw.real.new_zeros(())
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return self.forward(torch.ones_like(raw, dtype=torch.bool), {})
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return self.forward(torch.ones_like(value, dtype=torch.bool), {})
+
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 
 Raw: TypeAlias = "Tensor | Mapping[str, Tensor]"
@@ -57,12 +58,15 @@ class Transform(ABC, Generic[R]):
     """
 
     is_adapter: ClassVar[bool] = False
-    """Whether the weight itself stays in state and raw is added to it. Raw of an adapter is trained
-    even if the weight is frozen; any other raw takes `requires_grad` from the weight."""
+    """Whether the weight itself stays in state, `"base"`, and raw is added to it. Raw of an adapter
+    is trained even if the weight is frozen; any other raw takes `requires_grad` from the weight."""
 
     moves_entries: ClassVar[bool] = False
-    """Whether all it does is to move entries, or to leave them where they are: then it constrains
-    nothing, and a chain's constraint is that of the transform before it."""
+    """Whether all it does is to move entries, or to leave them where they are."""
+
+    is_entrywise: ClassVar[bool] = False
+    """Whether each entry of the value is a function of the entry of raw at its place, whose
+    derivative [`log_derivative`][..log_derivative] has."""
 
     stacks_up_to: ClassVar[int] = 0
     """Entries of a value up to which equal leaves were measured to be evaluated faster as one stack
@@ -105,6 +109,22 @@ class Transform(ABC, Generic[R]):
             NotImplementedError: the transform has none; the message says what to do instead.
         """
 
+    def adapts(self, key: str) -> bool:
+        """Whether the raw tensor of this name is an adapter's; '' names a raw that is one tensor.
+
+        A transform with parts asks the part that the tensor belongs to.
+        """
+        return self.is_adapter
+
+    def undo(self, value: Tensor, state: State) -> Tensor | None:
+        """Find the raw behind `value` where every tensor is a value, and of one raw alone.
+
+        Such a transform constrains nothing: what a chain that ends in it constrains is found before
+        it. None, the default, where that is not so.
+        """
+        raw: Any = self.right_inverse(value)[0] if self.moves_entries else None
+        return raw
+
     def update(self, raw: R, state: State) -> State:
         """Take one step of whatever evolves outside of training; most transforms have nothing.
 
@@ -135,19 +155,52 @@ class Transform(ABC, Generic[R]):
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Measure how far `value` is from satisfying the constraint: a scalar, 0 where it does.
 
+        NaN where nothing is measured: a 0 would say that it does.
+
         `state` matters only where it is part of the constraint (a mask, a frozen base).
         """
 
+    @full_precision
     def log_abs_det_jacobian(self, raw: R, state: State) -> Tensor:
         """Compute log |det d value / d raw| over their free coordinates, as a scalar.
+
+        The default adds up [`log_derivative`][..log_derivative] of an entrywise transform.
 
         Raises:
             NotImplementedError: the map has no such determinant; the message says why.
         """
+        if self.is_entrywise:
+            return self.log_derivative(raw, state).sum()
         raise NotImplementedError(
             f"{self!r} has no log_abs_det_jacobian: raw and value do not have equally many free"
             " coordinates, so the Jacobian has no determinant"
         )
+
+    def log_derivative(self, raw: R, state: State) -> Tensor:
+        """Compute log |d value / d raw| of each entry, where the transform is entrywise.
+
+        An entry of a complex raw has two coordinates, and the determinant is that over both.
+        """
+        raise NotImplementedError(f"{self!r} has no log_derivative: it is not entrywise")
+
+    def free_in_raw(self, raw: R, state: State) -> Tensor | None:
+        """Find which entries of raw are the free coordinates of the log-determinant.
+
+        A boolean mask of raw's shape, or None where all are. A chain asks, since there may be other
+        maps before this one. Whoever overrides `log_abs_det_jacobian` says it here.
+        """
+        return self._every_entry()
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        """Find which entries of the value are: a mask of its shape, or None where all are."""
+        return self._every_entry()
+
+    def _every_entry(self) -> None:
+        if not (self.moves_entries or self.is_entrywise):
+            raise NotImplementedError(
+                f"{self!r} does not say which entries are free, which a chain has to know for its"
+                " log_abs_det_jacobian: override free_in_raw and free_in_value"
+            )
 
     def check(self, value: Tensor) -> None:
         """Raise ValueError if no value of this shape and dtype can be served.

@@ -26,8 +26,8 @@ _STEPS = (
 _NEWTON_SCHULZ = (15 / 8, -10 / 8, 3 / 8)
 
 
-def polar_factor(Y: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns to a tall Y, `U V^H` of `Y = U S V^H`.
+def polar_factor(X: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns to a tall X, `U V^H` of `X = U S V^H`.
 
     Twelve steps `Y <- a Y + b Y Y^H Y + c Y (Y^H Y)^2`. Ten bring singular values from 1e-5 of
     their bound on near to 1, the other two are Newton and Schulz's. No factorisation, and nothing
@@ -36,17 +36,17 @@ def polar_factor(Y: Tensor) -> Tensor:
     Source: Amsel, Persson, Musco and Gower, The Polar Express, arXiv 2505.16932, theorem 3.1 and
     section 4.4; Björck and Bowie, SIAM J. Numer. Anal. 8 (1971) (Newton-Schulz).
     """
-    if Y.numel() == 0:  # has no norm
-        return Y
+    if X.numel() == 0:  # has no norm
+        return X
     # The factor does not see the scale, so a constant one is exact in every derivative.
-    size = Y.detach().abs().amax((-2, -1), keepdim=True)
-    Y = Y / torch.where(size > 0, size, 1)
-    gram = Y.mH @ Y
+    size = X.detach().abs().amax((-2, -1), keepdim=True)
+    scaled = X / torch.where(size > 0, size, 1)
+    gram = scaled.mH @ scaled
     # the largest row sum is at least the square of the spectral norm, by a root of the side at most
     bound = gram.detach().abs().sum(-1, keepdim=True).amax(-2, keepdim=True)
     bound = torch.where(bound > 0, bound, 1)
-    Y, gram = Y * bound.rsqrt(), gram / bound
+    frame, gram = scaled * bound.rsqrt(), gram / bound
     for i, (a, b, c) in enumerate((*_STEPS, _NEWTON_SCHULZ, _NEWTON_SCHULZ)):
-        gram = Y.mH @ Y if i else gram
-        Y = torch.add(Y @ torch.add(gram * b, gram @ gram, alpha=c), Y, alpha=a)
-    return Y
+        gram = frame.mH @ frame if i else gram
+        frame = torch.add(frame @ torch.add(gram * b, gram @ gram, alpha=c), frame, alpha=a)
+    return frame

@@ -23,11 +23,10 @@ def top_singular_value(X: Tensor) -> Tensor:
 
     Source: Kato, Perturbation Theory for Linear Operators (1966), section II.2.
     """
-    X = X.mH if X.shape[-2] > X.shape[-1] else X
     size = largest(X.detach())
     size = torch.where((size > 0) & (size < inf), size, 1)  # no square overflows or vanishes
     scaled = X / size
-    gram = scaled @ scaled.mH
+    gram = scaled.mH @ scaled if X.shape[0] > X.shape[1] else scaled @ scaled.mH
     spectrum, vectors = cast("tuple[Tensor, Tensor]", linalg.eigh(gram.detach()))
     turned = vectors.mH @ gram @ vectors
     top, others = spectrum[-1:], spectrum[:-1]
