@@ -12,6 +12,7 @@ from funcparam.transforms.contract.arguments import NUMBER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_range, expect_real, largest
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
+from funcparam.transforms.numerics.inside import inside
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
@@ -23,7 +24,8 @@ class Interval(Transform[Tensor]):
     Raw has the shape of the value. State `{"low", "high"}` holds the bounds as scalars, so that
     they can be moved or swept with `vmap`; `low` and `high` here are what init writes there,
     numbers and no tensors. Real dtypes. The right inverse is exact, the logit of
-    `(W - low) / (high - low)`.
+    `(W - low) / (high - low)`. A value that would round to a bound is one or two steps of its dtype
+    inside of it, with the derivative of the formula.
     Log-determinant: `sum(log(high - low) + log sigmoid(X) + log sigmoid(-X))`.
 
     Args:
@@ -60,10 +62,8 @@ class Interval(Transform[Tensor]):
                 f"Interval expects low to be below high; got low={self.low}, high={self.high}"
             )
 
-    @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        # lerp meets both bounds exactly, where low + (high - low) may round beyond
-        return torch.lerp(state["low"], state["high"], raw.sigmoid())
+        return self._forward(raw, state, torch.finfo(raw.dtype))
 
     @full_precision
     def right_inverse(
@@ -90,6 +90,12 @@ class Interval(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
 
+    @full_precision
+    def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
+        low, high = state["low"], state["high"]
+        # lerp meets both bounds exactly, where low + (high - low) may round beyond
+        return inside(torch.lerp(low, high, raw.sigmoid()), rounded_to, low, high)
+
 
 @final
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ class LowerBound(Transform[Tensor]):
 
     Raw has the shape of the value. State `{"low"}` holds the bound as a scalar, so that it can
     be moved or swept with `vmap`; `low` here is what init writes there. Real dtypes. The right
-    inverse is exact, that of softplus at `W - low`. Log-determinant: `sum(log(sigmoid(X)))`.
+    inverse is exact, that of softplus at `W - low`. No value rounds to the bound.
+    Log-determinant: `sum(log(sigmoid(X)))`.
 
     Args:
         low: the lower bound, finite.
@@ -126,9 +133,8 @@ class LowerBound(Transform[Tensor]):
     def __post_init__(self) -> None:
         expect_argument(self, "low", NUMBER)
 
-    @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        return state["low"] + softplus(raw)
+        return self._forward(raw, state, torch.finfo(raw.dtype))
 
     @full_precision
     def right_inverse(
@@ -148,6 +154,10 @@ class LowerBound(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
 
+    @full_precision
+    def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
+        return inside(state["low"] + softplus(raw), rounded_to, low=state["low"])
+
 
 @final
 @dataclass(frozen=True)
@@ -156,7 +166,8 @@ class UpperBound(Transform[Tensor]):
 
     Raw has the shape of the value; a larger raw is a smaller value. State `{"high"}` holds the
     bound as a scalar, so that it can be moved or swept with `vmap`; `high` here is what init
-    writes there. Real dtypes. The right inverse is exact, that of softplus at `high - W`.
+    writes there. Real dtypes. The right inverse is exact, that of softplus at `high - W`. No value
+    rounds to the bound.
     Log-determinant: `sum(log(sigmoid(X)))`.
 
     Args:
@@ -183,9 +194,8 @@ class UpperBound(Transform[Tensor]):
     def __post_init__(self) -> None:
         expect_argument(self, "high", NUMBER)
 
-    @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        return state["high"] - softplus(raw)
+        return self._forward(raw, state, torch.finfo(raw.dtype))
 
     @full_precision
     def right_inverse(
@@ -204,3 +214,7 @@ class UpperBound(Transform[Tensor]):
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
+
+    @full_precision
+    def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
+        return inside(state["high"] - softplus(raw), rounded_to, high=state["high"])

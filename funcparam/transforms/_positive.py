@@ -12,6 +12,7 @@ from funcparam.transforms.contract.arguments import expect_choice
 from funcparam.transforms.contract.base import State, Transform, expect_range, expect_real, largest
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
+from funcparam.transforms.numerics.inside import least_positive
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
@@ -30,7 +31,8 @@ class Positive(Transform[Tensor]):
     lost under `"square"`; the log-determinant is that of each of the two branches.
 
     Softplus grows no faster than raw and is the safe choice. The exponential trains scales at
-    equal relative speed; above about 88 in float32 (709 in float64) it overflows. The square has
+    equal relative speed; above about 88 in float32 (709 in float64) it overflows. Neither
+    vanishes: below the least normal number (float16: the least number) it is that. The square has
     no gradient where raw is 0, and its value there is 0.
 
     Args:
@@ -59,9 +61,8 @@ class Positive(Transform[Tensor]):
     def __post_init__(self) -> None:
         expect_choice(self, "map", _MAPS)
 
-    @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        return _MAPS[self.map].forward(raw)
+        return self._forward(raw, state, torch.finfo(raw.dtype))
 
     @full_precision
     def right_inverse(
@@ -80,6 +81,13 @@ class Positive(Transform[Tensor]):
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
+
+    @full_precision
+    def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
+        value = _MAPS[self.map].forward(raw)
+        if self.map == "square":
+            return value
+        return value.clamp_min(least_positive(value.dtype, rounded_to))
 
 
 class _Map(NamedTuple):
