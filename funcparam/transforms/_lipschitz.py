@@ -7,8 +7,15 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
-from funcparam.transforms.contract.base import State, Transform, expect_matrix, expect_real, largest
+from funcparam.transforms.contract.arguments import INTEGER, POSITIVE_INTEGER, expect_argument
+from funcparam.transforms.contract.base import (
+    State,
+    Transform,
+    expect_dim,
+    expect_matrix,
+    expect_real,
+    largest,
+)
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.kernels import (
@@ -17,6 +24,7 @@ from funcparam.transforms.numerics.kernels import (
     lag_sums,
     operator_norm,
 )
+from funcparam.transforms.numerics.slices import other_dims
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
@@ -27,15 +35,20 @@ class LInfLipschitz(Transform[Mapping[str, Tensor]]):
 
     $$W_i = X_i \, \min\left(1, \frac{\operatorname{softplus}(c)}{\lVert X_i \rVert_1}\right)$$
 
-    `softplus(c)` bounds the layer's Lipschitz constant in the maximum norm, of a convolution as
-    well. For a value of shape `(m, ...)`, whose rows are `value.flatten(1)`, raw is
-    `{"weight": X, "bound": c}` with a scalar `c`: penalise `softplus(raw["bound"])` to make the
-    network smooth. Real dtypes. Every value is kept: init takes the largest row's 1-norm for the
-    bound.
+    `softplus(c)` bounds the layer's Lipschitz constant in the maximum norm, of a convolution with
+    any padding, stride and dilation as well. A row of a value is what belongs to an index of `dim`,
+    that is to an output. Raw is `{"weight": X, "bound": c}` with a scalar `c`: penalise
+    `softplus(raw["bound"])` to make the network smooth. Real dtypes. Every value is kept: init
+    takes the largest row's 1-norm for the bound. Of a transposed convolution with groups a row has
+    the inputs of all groups in it, and the bound is larger than need be.
+
+    Args:
+        dim: the dimension of outputs: 0 for Linear and Conv, 1 for ConvTranspose. Negative ones
+            count from the end.
 
     Raises:
-        ValueError: at `fp.parametrize`, if the value has fewer than two dimensions or is not
-            real.
+        ValueError: at `fp.parametrize`, if the value has fewer than two dimensions, no dimension
+            `dim`, or is not real.
 
     Example:
         >>> import torch
@@ -51,20 +64,23 @@ class LInfLipschitz(Transform[Mapping[str, Tensor]]):
 
     roles: ClassVar[Mapping[str, Role]] = {"bound": "magnitude"}
 
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        expect_argument(self, "dim", INTEGER)
+
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         X = raw["weight"]
         bound = softplus(raw["bound"]).clamp_min(torch.finfo(X.dtype).tiny)
-        sums = X.flatten(1).abs().sum(1)
-        # min(1, bound / sums) without a division by 0
-        scale = bound / torch.maximum(sums, bound)
-        return X * scale.reshape(-1, *[1] * (X.ndim - 1))
+        # min(1, bound / sum) without a division by 0
+        return X * (bound / torch.maximum(self._sums(X), bound))
 
     @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
-        bound = largest(value.flatten(1).abs().sum(1))
+        bound = largest(self._sums(value))
         # of a weight of zeros the bound is positive as well, or its gradient would be 0
         bound = inverse_softplus(bound.clamp_min(torch.finfo(value.dtype).eps))
         return {"weight": value, "bound": bound}, {}
@@ -76,6 +92,11 @@ class LInfLipschitz(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
         expect_matrix(self, value)
+        expect_dim(self, value, self.dim)
+
+    def _sums(self, X: Tensor) -> Tensor:
+        """The 1-norm of each row."""
+        return X.abs().sum(other_dims(X, self.dim), keepdim=True)
 
 
 # the columns of a matrix to the power 2^12 are its Perron vector, if the gap is one percent
@@ -93,9 +114,11 @@ class AOL(Transform[Tensor]):
     Each input is scaled by what its column has in common with all columns. Of a matrix `(m, n)`,
     as `Linear` has, there is one `t` and `N = |X^T X|`. Of a kernel `(out, in / groups, *taps)`,
     as `Conv1d` to `Conv3d` have, `t` goes over its taps and `s` over all lags, in every direction.
-    Then the convolution has spectral norm at most 1 for inputs of every size, with zero or
-    circular padding, with any stride and dilation, and so does the transposed convolution by the
-    same kernel.
+    Then the convolution has spectral norm at most 1 for inputs of every size, with any stride and
+    dilation, and so does the transposed convolution by the same kernel. That is so with any zero
+    padding, and with circular padding of at most `dilation * (k - 1)` entries in all along each
+    axis, which `padding="same"` takes. Wider circular padding, as `padding=1` of two taps, repeats
+    outputs, and goes up to about 1.4; with reflected or replicated padding there is no bound of 1.
 
     Raw has the shape of the value. Inputs of zeros stay 0. The image is smaller than the values
     of spectral norm at most 1: it is those `W` with `N(W) d = d` for a positive `d`, orthonormal

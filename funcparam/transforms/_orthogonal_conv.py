@@ -38,7 +38,10 @@ class OrthogonalConv(Transform[Mapping[str, Tensor]]):
     orthogonal projector, of the inputs. With more outputs than inputs the factors stand on the
     other side, and the columns of `Q` are orthonormal. For inputs of every size and any dilation
     the convolution has orthonormal rows or columns, both if there are as many outputs as inputs,
-    and so has the transposed convolution. With zero padding its spectral norm is at most 1.
+    and so has the transposed convolution. Circular padding is that of `dilation * (k - 1)` entries
+    in all along each axis, as `padding="same"` takes; a kernel of 2 or 4 taps with
+    `padding=1` or `2` gets one more, which repeats outputs, and has a norm above 1. With zero
+    padding the spectral norm is at most 1.
 
     In one dimension these are all orthogonal kernels. In two or three they are those whose axes
     come one after the other. BCOP takes turns between the axes, which makes other kernels, with
