@@ -21,7 +21,7 @@ from funcparam.transforms.contract.base import (
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
-from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
+from funcparam.transforms.numerics.softplus import inverse_softplus, log_softplus, softplus
 
 _EPS = Kind("a finite number, at least 0", (int, float), lambda x: x >= 0 and is_finite(x))
 
@@ -160,7 +160,7 @@ class PositiveDefinite(Transform[Tensor]):
         X = _diagonal(raw)
         n = X.shape[-1]
         powers = torch.arange(n, 0, -1, dtype=X.dtype, device=X.device)
-        return (log(2) + powers * softplus(X).log() + logsigmoid(X)).sum()
+        return (log(2) + powers * log_softplus(X) + logsigmoid(X)).sum()
 
     def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
         return torch.ones_like(raw, dtype=torch.bool).tril()
@@ -181,7 +181,8 @@ def _diagonal(X: Tensor) -> Tensor:
 
 
 def _factor(raw: Tensor) -> Tensor:
-    return raw.tril(-1) + softplus(_diagonal(raw)).diag_embed()
+    diagonal = softplus(_diagonal(raw)).clamp_min(torch.finfo(raw.dtype).tiny)
+    return raw.tril(-1) + diagonal.diag_embed()
 
 
 def _raw_factor(L: Tensor) -> Tensor:

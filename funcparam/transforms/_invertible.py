@@ -20,7 +20,7 @@ from funcparam.transforms.contract.base import (
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
-from funcparam.transforms.numerics.orthogonal_maps import FRAMES, identity_like
+from funcparam.transforms.numerics.orthogonal_maps import FRAMES, identity_like, skew_hermitian
 
 
 @final
@@ -102,9 +102,11 @@ class Invertible(Transform[Tensor]):
         n = raw.shape[-1]
         diagonal = raw.diagonal(dim1=-2, dim2=-1).real
         log_diagonal = diagonal.asinh()
-        cayley = FRAMES["cayley"](raw)
-        # (I + C) / 2 is the inverse of I - A/2, by which dA is multiplied from both sides
-        inverse = _slogdet((identity_like(cayley) + cayley) / 2).logabsdet
+        # dA is multiplied by the inverse of I - A/2 from both sides. In double precision, since of
+        # an odd side there is an eigenvalue of 1, which a large A would round away.
+        turn = raw.to(torch.complex128 if raw.is_complex() else torch.float64)
+        singular = _slogdet(identity_like(turn) - skew_hermitian(turn) / 2).logabsdet
+        inverse = -singular.to(diagonal.dtype)
         base = _slogdet(state["base"]).logabsdet
         below = torch.arange(n - 1, -1, -1, dtype=diagonal.dtype, device=diagonal.device)
         slopes = log_diagonal - torch.log1p(diagonal.square()) / 2
@@ -195,11 +197,17 @@ class SpecialLinear(Transform[Tensor]):
 
     @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
-        return torch.zeros_like(raw), {"base": _to_determinant_one(self.forward(raw, state))}
+        # nothing is repaired: what is off by the rounding of a determinant would move all entries
+        return torch.zeros_like(raw), {"base": self.forward(raw, state)}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
-        """How far the least singular value is from what would make the determinant 1."""
-        return largest(_offset(value, linalg.svdvals(value)))
+        """The larger of |log |det W|| and how far the least singular value is from the due one.
+
+        The first has the rounding of the entries times the condition number of `W`. The second is
+        what the least singular value lacks for a determinant of 1; it sees the sign too.
+        """
+        size = _slogdet(value).logabsdet.abs()
+        return torch.maximum(largest(size), largest(_offset(value, linalg.svdvals(value))))
 
     def check(self, value: Tensor) -> None:
         super().check(value)

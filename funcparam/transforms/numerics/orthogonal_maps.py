@@ -14,7 +14,7 @@ from funcparam.transforms.numerics.polar import polar_factor
 from funcparam.transforms.numerics.skew_exp import skew_exp
 
 
-def _skew_hermitian(X: Tensor) -> Tensor:
+def skew_hermitian(X: Tensor) -> Tensor:
     """A tall X's lower triangle, padded to a square matrix, minus its adjoint."""
     n, k = X.shape[-2:]
     lower = pad(X.tril(), (0, n - k)) if n > k else X.tril()
@@ -40,11 +40,11 @@ def cayley_plus_identity(A: Tensor) -> Tensor:
 
 
 def _matrix_exp(X: Tensor, base: Tensor | None = None) -> Tensor:
-    return _at(base, skew_exp(_skew_hermitian(X))[..., : X.shape[-1]])
+    return _at(base, skew_exp(skew_hermitian(X))[..., : X.shape[-1]])
 
 
 def _cayley(X: Tensor, base: Tensor | None = None) -> Tensor:
-    A = _skew_hermitian(X)
+    A = skew_hermitian(X)
     inverse, k = cayley_plus_identity(A), X.shape[-1]
     if base is None:
         return (inverse - identity_like(A))[..., :k]
