@@ -385,6 +385,17 @@ def _quantized_from_zero(bits: int) -> Callable[[Tensor], Tensor]:
     return apply
 
 
+def _quantized_fully(bits: int) -> Callable[[Tensor], Tensor]:
+    """On all integers of the width, those below 0 being one more."""
+
+    def apply(x: Tensor) -> Tensor:
+        half = 2 ** (bits - 1)
+        scale = x.abs().max().item() / (half - 0.5)
+        return scale * torch.from_numpy(np.rint(x.numpy() / scale)).clamp(-half, half - 1)
+
+    return apply
+
+
 def _clipped(bits: int) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
     """Identity inside of the range, to the middle of the step beyond it; constant outside."""
 
@@ -848,7 +859,7 @@ CASES = [
         )
     ),
     Case(
-        FakeQuantize(bits=3, symmetric=False),
+        FakeQuantize(bits=3, scheme="affine"),
         ((3, 4), (5,), (2, 3, 2, 2)),
         _quantized_from_zero(3),
         _quantized_from_zero(3),
@@ -856,6 +867,13 @@ CASES = [
             torch.minimum(x, s["scale"] * (7.5 - s["zero_point"])),
             s["scale"] * (-0.5 - s["zero_point"]),
         ),
+    ),
+    Case(
+        FakeQuantize(bits=4, scheme="full"),
+        ((3, 4), (5,)),
+        torch.zeros_like,
+        _quantized_fully(4),
+        straight_through=lambda x, s: x.clamp(-8.5 * s["scale"], 7.5 * s["scale"]),
     ),
     Case(Affine(scale=-2.0, shift=0.5), (*ANY, ()), complex=True, log_det=lambda x: x),
     Case(Reshape((6, 2), (3, 4)), ((3, 4), (2, 3, 4)), complex=True, log_det=lambda x: x),

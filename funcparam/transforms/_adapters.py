@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import nan, prod
+from math import nan, prod, sqrt
 from typing import ClassVar, cast, final
 
 import torch
@@ -117,6 +117,9 @@ class IA3(Transform[Mapping[str, Tensor]]):
     For a value with `k` indices along `dim` raw is `{"factor": s}`, `(k,)`; state is
     `{"base": W_0}`. Real and complex. At init `s = 1`, so every value is kept exactly.
 
+    The bias stays as it is. peft scales the outputs of the layer, and its bias with them: its layer
+    equals this one for `dim=1`, and for `dim=0` without a bias. With one, give the bias a rule too.
+
     Args:
         dim: the dimension that has a factor for each index: 0 for outputs, 1 for inputs, which
             the paper takes in feed-forward layers.
@@ -180,9 +183,9 @@ class VeRA(Transform[Mapping[str, Tensor]]):
 
     For a value of shape `(m, ...)`, flattened to a matrix `(m, n)`: raw is `{"b": (m,), "d":
     (rank,)}`; state is `{"base": W_0, "A": (rank, n), "B": (m, rank)}`. Real and complex. At
-    init `b = 0`, so every value is kept exactly, `d = 0.1`, and `A` and `B` are drawn uniformly
-    as in [`LoRA`][funcparam.transforms.LoRA], with variance `1 / (3 n)` and `1 / (3 rank)`, from
-    `generator` or torch's default one. The paper shares the factors among layers: write the same
+    init `b = 0`, so every value is kept exactly, `d = 0.1`, and `A` and `B` are drawn uniformly by
+    Kaiming's rule, as in the paper and peft, with variance `2 / n` and `2 / rank`, from `generator`
+    or torch's default one. The paper shares the factors among layers: write the same
     ones into their states.
 
     Args:
@@ -222,8 +225,8 @@ class VeRA(Transform[Mapping[str, Tensor]]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
         m, n = value.flatten(1).shape
-        A = uniform_factor(value, self.rank, n, generator)
-        B = uniform_factor(value, m, self.rank, generator)
+        A = sqrt(6) * uniform_factor(value, self.rank, n, generator)
+        B = sqrt(6) * uniform_factor(value, m, self.rank, generator)
         raw = {"b": value.new_zeros(m), "d": value.new_full((self.rank,), 0.1)}
         return raw, {"base": value, "A": A, "B": B}
 
@@ -337,8 +340,9 @@ class OFT(Transform[Tensor]):
 
     For a value of shape `(m, ...)`, flattened to a matrix `(m, n)`: raw is `X`, `(blocks,
     n / blocks, n / blocks)`; state is `{"base": W_0}`. Real (orthogonal) and complex (unitary).
-    At init `X = 0`, so every value is kept. `rebase` moves the base to the current value. The
-    angles between the outputs, and their lengths, stay as they are when `blocks` is 1.
+    At init `X = 0`, so every value is kept. `rebase` moves the base to the current value. All the
+    blocks together are one orthogonal matrix: the angles between the outputs, and their lengths,
+    stay as they are for any number of blocks, `W W^T = W_0 W_0^T`.
 
     Args:
         blocks: the number of blocks, positive.

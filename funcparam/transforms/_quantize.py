@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ class Ternary(Transform[Tensor]):
         >>> from funcparam.transforms import Ternary
         >>> Ternary().forward(torch.tensor([-3.0, 0.1, 1.0]), {})
         tensor([-2.,  0.,  2.])
+
+    These are ternary weight networks. BitNet b1.58 takes other levels: the mean of all `|X|` as the
+    length, and zero below half of it.
 
     Source: Li et al., Ternary weight networks, arXiv 1605.04711, equations 5 and 6.
     """
@@ -93,25 +96,37 @@ class FakeQuantize(Transform[Tensor]):
 
     Raw has the shape of the value. State `{"scale", "zero_point"}` holds `s` and `z` as tensors
     of the value's dtype: scalars, or with `dim` one for each index. Real dtypes. Init takes them
-    from the range of the value. Symmetric: `z = 0` and the largest |entry| is at an end of the
-    integers `-2^(bits - 1) + 1 ... 2^(bits - 1) - 1`. Otherwise, as PyTorch's min-max observer
-    does: the least range that has all entries and 0 in it, on the integers `0 ... 2^bits - 1`.
-    A value on such a grid that reaches its ends is kept; any other is rounded to its own.
+    from the range of the value:
+
+    | scheme | integers, with `h = 2^(bits - 1)` | `s` | `z` |
+    |---|---|---|---|
+    | `"narrow"` | `1 - h ... h - 1` | largest entry `/ (h - 1)` | 0 |
+    | `"full"` | `-h ... h - 1` | largest entry `/ (h - 1/2)` | 0 |
+    | `"affine"` | `0 ... 2 h - 1` | range `/ (2 h - 1)` | `-round(least / s)` |
+
+    The largest entry is that in size; the range is the least one that has all entries and 0 in it.
+    `"full"` and `"affine"` are those of PyTorch's min-max observers, symmetric and affine, and
+    `"full"` what its default weight quantizers use. `"narrow"`, which is TensorFlow's, has steps
+    larger by 1/254 for 8 bits, and keeps the largest entry, which `"full"` clips by half a step
+    where it is positive. On `"narrow"` and `"affine"` a value on such a grid that reaches its ends
+    is kept; any other is rounded to its own. On `"full"` only zeros are: any other value gets a new
+    scale.
 
     The derivative is straight through: round counts as the identity. So it is 1 with respect to
-    raw inside the range and 0 outside, as `torch.fake_quantize_per_tensor_affine` has it, and
-    with respect to the scale it is that of learned step size quantization.
+    raw inside the range and 0 outside, as `torch.fake_quantize_per_tensor_affine` has it. With
+    respect to the scale it is that of learned step size quantization; the scale is state, though,
+    which no optimizer of raw trains.
 
     Args:
         bits: the width of the integers, from 2 to 8, so that half precision counts to them.
-        symmetric: whether `z = 0`.
+        scheme: `"narrow"`, `"full"` or `"affine"`.
         dim: the dimension that has its own scale for each index, 0 for PyTorch's per-channel
             scheme; None: one for the whole tensor. Negative ones count from the end.
 
     Raises:
-        ValueError: `bits` is not from 2 to 8; at `fp.parametrize`, if the value is
-            not real or has no dimension `dim`
-            with more than one entry at each index.
+        ValueError: `bits` is not from 2 to 8, or `scheme` is none of the three; at
+            `fp.parametrize`, if the value is not real or has no dimension `dim` with more than one
+            entry at each index.
 
     Example:
         >>> import torch
@@ -125,12 +140,12 @@ class FakeQuantize(Transform[Tensor]):
     """
 
     bits: int = 8
-    symmetric: bool = True
+    scheme: Literal["narrow", "full", "affine"] = "narrow"
     dim: int | None = None
 
     def __post_init__(self) -> None:
         expect_argument(self, "bits", _BITS)
-        expect_choice(self, "symmetric", (True, False))
+        expect_choice(self, "scheme", ("narrow", "full", "affine"))
         expect_argument(self, "dim", INTEGER, optional=True)
 
     @full_precision
@@ -154,13 +169,18 @@ class FakeQuantize(Transform[Tensor]):
             ends = value.sum(dims), value.sum(dims)
         else:
             ends = value.detach().amin(dims).clamp_max(0), value.detach().amax(dims).clamp_min(0)
-        if self.symmetric:
-            scale = torch.maximum(-ends[0], ends[1]) / high
-        else:
-            scale = (ends[1] - ends[0]) / (high - low)
+        largest_entry = torch.maximum(-ends[0], ends[1])
+        match self.scheme:
+            case "narrow":
+                scale = largest_entry / high
+            case "full":
+                scale = largest_entry / ((high - low) / 2)
+            case _:
+                scale = (ends[1] - ends[0]) / (high - low)
         # zeros are on every grid
         scale = torch.where(scale >= torch.finfo(scale.dtype).tiny, scale, 1)
-        zero_point = torch.zeros_like(scale) if self.symmetric else -(ends[0] / scale).round()
+        affine = self.scheme == "affine"
+        zero_point = -(ends[0] / scale).round() if affine else torch.zeros_like(scale)
         return value, {"scale": scale, "zero_point": zero_point}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
@@ -176,9 +196,10 @@ class FakeQuantize(Transform[Tensor]):
         expect_slices(self, value, self.dim)
 
     def _range(self) -> tuple[int, int]:
-        if self.symmetric:
-            return 1 - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
-        return 0, 2**self.bits - 1
+        if self.scheme == "affine":
+            return 0, 2**self.bits - 1
+        half = 2 ** (self.bits - 1)
+        return (1 - half if self.scheme == "narrow" else -half), half - 1
 
     def _aligned(self, raw: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Give tensors with one entry for each index of `dim` the shape to go with raw."""

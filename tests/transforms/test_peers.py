@@ -115,6 +115,19 @@ def test_vera():
     assert_same(layer, adapter, value)
 
 
+def test_vera_starts_as_pefts():
+    config = VeraConfig(r=100, target_modules=["0"])
+    net = peft.get_peft_model(nn.Sequential(nn.Linear(300, 200)), config).base_model.model
+    raw, state = VeRA(100).right_inverse(torch.randn(200, 300))
+    for name in ("A", "B"):
+        theirs = getattr(net[0], f"vera_{name}")["default"]
+        assert state[name].shape == theirs.shape
+        assert state[name].std().item() == pytest.approx(theirs.std().item(), rel=0.02)
+        assert state[name].abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.01)
+    for ours, theirs in (("b", "vera_lambda_b"), ("d", "vera_lambda_d")):
+        assert torch.equal(raw[ours], getattr(net[0], theirs)["default"].detach())
+
+
 @pytest.mark.parametrize("make", [linear, convolution])
 def test_oft(make):
     layer = make()

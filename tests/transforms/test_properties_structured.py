@@ -64,7 +64,7 @@ FAMILIES = [
     (Ternary(), (4, 5), entries(4, 5), 4),
     (Ternary(dim=0), (4, 5), entries(4, 5), 4),
     (FakeQuantize(), (4, 5), entries(4, 5), 1),
-    (FakeQuantize(4, symmetric=False, dim=0), (4, 5), entries(4, 5), 1),
+    (FakeQuantize(4, "affine", dim=0), (4, 5), entries(4, 5), 1),
     (Affine(-2.0, 3.0), (6,), entries(6), 0),
     (Reshape((6,), (2, 3)), (2, 3), entries(6), 0),
     (Permute((1, 0)), (2, 3), entries(3, 2), 0),

@@ -294,14 +294,19 @@ def test_monarch_is_two_block_diagonals_and_permutations():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", ["narrow", "full", "affine"])
 @pytest.mark.parametrize("dim", [None, 0, 1])
-def test_fake_quantize_equals_torch(bits, symmetric, dim):
-    transform = FakeQuantize(bits, symmetric, dim)
+def test_fake_quantize_equals_torch(bits, scheme, dim):
+    transform = FakeQuantize(bits, scheme, dim)
     _, state = transform.right_inverse(torch.randn(6, 7))
     W = 1.5 * torch.randn(6, 7)  # some of it outside of the range
     W.requires_grad_()
-    low, high = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    half = 2 ** (bits - 1)
+    low, high = {
+        "narrow": (1 - half, half - 1),
+        "full": (-half, half - 1),
+        "affine": (0, 2 * half - 1),
+    }[scheme]
     zero_point = state["zero_point"].int()
     if dim is None:
         theirs = torch.fake_quantize_per_tensor_affine(W, state["scale"], zero_point, low, high)
@@ -318,11 +323,34 @@ def test_fake_quantize_equals_torch(bits, symmetric, dim):
 def test_fake_quantize_range_is_the_observers():
     W = torch.randn(5, 6)
     low, high = W.min().clamp_max(0), W.max().clamp_min(0)
-    _, state = FakeQuantize(8, symmetric=False).right_inverse(W)
+    _, state = FakeQuantize(8, "affine").right_inverse(W)
     close(state["scale"], (high - low) / 255)
     assert state["zero_point"] == -(low / state["scale"]).round()
     _, state = FakeQuantize().right_inverse(W)
     close(state["scale"], W.abs().max() / 127)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dim", [None, 0])
+@pytest.mark.parametrize("scheme", ["full", "affine"])
+def test_fake_quantize_schemes_are_those_of_torchs_observers(scheme, dim, bits):
+    from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver
+
+    W = torch.randn(5, 6)
+    half = 2 ** (bits - 1)
+    low, dtype = (-half, torch.qint8) if scheme == "full" else (0, torch.quint8)
+    kind = "symmetric" if scheme == "full" else "affine"
+    options = {"dtype": dtype, "quant_min": low, "quant_max": low + 2 * half - 1}
+    if dim is None:
+        observer = MinMaxObserver(qscheme=getattr(torch, f"per_tensor_{kind}"), **options)
+    else:
+        scheme_of_channels = getattr(torch, f"per_channel_{kind}")
+        observer = PerChannelMinMaxObserver(ch_axis=dim, qscheme=scheme_of_channels, **options)
+    observer(W)
+    scale, zero_point = observer.calculate_qparams()
+    _, state = FakeQuantize(bits, scheme, dim).right_inverse(W)
+    assert torch.equal(state["scale"].reshape(-1), scale)
+    assert torch.equal(state["zero_point"].reshape(-1), zero_point.float())
 
 
 def test_fake_quantize_rounds_a_grid_that_does_not_reach_its_ends_to_its_own():
@@ -350,7 +378,7 @@ def test_fake_quantize_scale_has_the_derivative_of_learned_step_size():
 
 @pytest.mark.parametrize("value", [torch.zeros(3, 2), torch.full((3, 2), 1e-45)])
 def test_quantization_of_next_to_nothing_is_finite(value):
-    for transform in (FakeQuantize(), FakeQuantize(symmetric=False), Ternary()):
+    for transform in (FakeQuantize(), FakeQuantize(scheme="affine"), Ternary()):
         close(transform.forward(*transform.right_inverse(value)), value)
 
 
