@@ -10,22 +10,7 @@ from torch import Tensor
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-_NOTHING: Mapping[str, Tensor] = {}
-
 _LOW = (torch.bfloat16, torch.float16)
-
-_REAL: Mapping[torch.dtype, torch.dtype] = {
-    torch.float16: torch.float16,
-    torch.bfloat16: torch.bfloat16,
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.complex64: torch.float32,
-    torch.complex128: torch.float64,
-}
-_COMPLEX: Mapping[torch.dtype, torch.dtype] = {
-    torch.float32: torch.complex64,
-    torch.float64: torch.complex128,
-}
 
 
 def full_precision(method: Method) -> Method:
@@ -55,7 +40,7 @@ def full_precision(method: Method) -> Method:
         if _autocast_is_on(tensor):
             with autocast_off(tensor):
                 return run(self, first, *rest, **kwargs)
-        state = rest[0] if rest else kwargs.get("state", _NOTHING)
+        state: Any = rest[0] if rest else kwargs.get("state") or {}
         wide = _precision(tensor, first, state)
         if wide is None:
             return method(self, first, *rest, **kwargs)
@@ -63,7 +48,7 @@ def full_precision(method: Method) -> Method:
         if isinstance(out, tuple):
             raw, own = cast("tuple[Any, Any]", out)
             return _narrowed(raw, first, tensor.dtype), _narrowed(own, state, tensor.dtype)
-        adapts = getattr(self, "is_adapter", False) and "base" in state
+        adapts: bool = getattr(self, "is_adapter", False) and "base" in state
         return _narrowed(out, state, state["base"].dtype if adapts else tensor.dtype)
 
     return cast("Method", run)
@@ -89,7 +74,7 @@ def _precision(tensor: Tensor, raw: Any, state: Any) -> torch.dtype | None:
     if first not in _LOW and (raw is tensor or _are_all(first, raw)) and _are_all(first, state):
         return None
     both = [*_tensors(raw), *_tensors(state)]
-    found = {_REAL[each.dtype] for each in both if each.dtype in _REAL}
+    found = {_real(each.dtype) for each in both if each.is_floating_point() or each.is_complex()}
     if len(found) < 2 and found.isdisjoint(_LOW):
         return None
     return torch.float64 if torch.float64 in found else torch.float32
@@ -106,12 +91,20 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [tree] if isinstance(tree, Tensor) else list(tree.values())
 
 
+def _real(dtype: torch.dtype) -> torch.dtype:
+    if dtype == torch.complex64:
+        return torch.float32
+    return torch.float64 if dtype == torch.complex128 else dtype
+
+
 def _at(tree: Any, real: torch.dtype) -> Any:
     """The tree with real tensors of this dtype, and complex ones of the one with such parts."""
     if isinstance(tree, Tensor):
         if tree.is_floating_point():
             return tree.to(real)
-        return tree.to(_COMPLEX.get(real, tree.dtype)) if tree.is_complex() else tree
+        if tree.is_complex() and real not in _LOW:  # there is no complex half
+            return tree.to(torch.complex128 if real == torch.float64 else torch.complex64)
+        return tree
     return _mapped(lambda item: _at(item, real), tree)
 
 
@@ -121,7 +114,7 @@ def _narrowed(tree: Any, old: Any, new: torch.dtype) -> Any:
         olds = cast("Mapping[str, Any]", old if isinstance(old, Mapping) else {})
         items = cast("Mapping[str, Any]", tree).items()
         return {key: _narrowed(item, olds.get(key), new) for key, item in items}
-    return _at(tree, _REAL.get(old.dtype if isinstance(old, Tensor) else new, torch.float32))
+    return _at(tree, _real(old.dtype if isinstance(old, Tensor) else new))
 
 
 def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
