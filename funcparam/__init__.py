@@ -8,6 +8,7 @@ from funcparam.binding.call import ParametrizedCall, recompute
 from funcparam.binding.fold import fold
 from funcparam.binding.functional_call import FunctionalCall, bound, functional_call
 from funcparam.binding.module import Parametrized
+from funcparam.binding.shells import shells, unshelled
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.parametrize import parametrize
 from funcparam.training.groups import Groups, groups
@@ -27,8 +28,8 @@ __all__ = [
     "Parametrized",
     "ParametrizedCall",
     "Transform",
-    "checkpoint",
     "bound",
+    "checkpoint",
     "compat",
     "fold",
     "functional_call",
@@ -37,9 +38,11 @@ __all__ = [
     "named",
     "parametrize",
     "recompute",
+    "shells",
     "trainable",
     "transform",
     "transforms",
+    "unshelled",
 ]
 
 

@@ -29,7 +29,7 @@ class FunctionalCall:
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self._tree = Tree(net)
-        self._lock = lock_of(net)
+        self._lock = None if torch.compiler.is_compiling() else lock_of(net)
 
     def __call__(
         self,
@@ -74,14 +74,15 @@ class FunctionalCall:
         reading: Reading | None = None,
     ) -> Any:
         """Call with `params` and what is made when the module reads it, outside of compilers."""
-        with self._lock:  # other threads wait; the same one may call again
+        lock = self._lock or lock_of(self.net)
+        with lock:  # other threads wait; the same one may call again
             places = self._places(params)
             if places is None and reading is None:
                 return self._by_torch(params, args, kwargs)
             if places is None or (reading is not None and not reading.finds(self._tree.at)):
                 raise ValueError(self._why_not(params))
             tensors = [*params.values()]
-            with Binding(self._lock, places, tensors, reading):
+            with Binding(lock, places, tensors, reading):
                 try:
                     return self.net(*args, **kwargs)
                 finally:
@@ -96,11 +97,12 @@ class FunctionalCall:
         for name, tensor in values.items():
             if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"values[{name!r}]: expected a tensor; got {describe(tensor)}")
-        with self._lock:
+        lock = lock_of(self.net)
+        with lock:
             places = self._places(values)
             if places is None:
                 raise ValueError(self._why_not(values))
-            with Binding(self._lock, places, [*values.values()]):
+            with Binding(lock, places, [*values.values()]):
                 yield
 
     def _by_torch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
     from funcparam.binding.module import Parametrized
 
 
-def respell(model: Parametrized, state_dict: dict[str, Any], prefix: str) -> None:
+def respell(
+    model: Parametrized, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
+) -> None:
     """Give the tensors below `prefix` the keys that the shell has for them, in place.
+
+    Those that have them already, and were written by the same transforms, keep them.
 
     Raises:
         RuntimeError: it cannot be read. Nothing was loaded.
@@ -23,21 +28,33 @@ def respell(model: Parametrized, state_dict: dict[str, Any], prefix: str) -> Non
     given = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
     own = model.state_dict(keep_vars=True)
     new = _renewed(model, given)
-    if given and own.keys().isdisjoint(new):
+    if given and (own.keys().isdisjoint(new) or not _is_by(model, metadata)):
         try:
-            new = _read(model, given)
+            new = _read(model, given, metadata, own)
         except (TypeError, ValueError) as error:
-            raise RuntimeError(
-                f"{error} (loading a state_dict into {type(model).__name__}"
-                + (f" at {prefix[:-1]!r})" if prefix else ")")
-            ) from error
+            where = f", at {prefix[:-1]!r}" if prefix else ""
+            raise RuntimeError(f"loading into a {type(model).__name__}{where}: {error}") from error
         model.__dict__["_read_below"] = prefix
     for key in given:
         del state_dict[prefix + key]
     for key, tensor in new.items():
         held = own.get(key)
-        both = isinstance(held, Tensor) and isinstance(tensor, Tensor)
-        state_dict[prefix + key] = sharded_like(held, tensor) if both else tensor
+        if isinstance(held, Tensor) and isinstance(tensor, Tensor):
+            tensor = sharded_like(held, tensor)
+        state_dict[prefix + key] = tensor
+
+
+def say(model: Parametrized, metadata: dict[str, Any]) -> None:
+    """Say which transforms wrote raw and state, where a file keeps the versions of modules."""
+    from funcparam.checkpoint._spec import KEY, description
+
+    metadata[KEY] = description(model.parametrization)
+
+
+def _is_by(model: Parametrized, metadata: Mapping[str, Any]) -> bool:
+    from funcparam.checkpoint._spec import KEY, description
+
+    return metadata.get(KEY) in (None, description(model.parametrization))
 
 
 def in_words_of_the_file(model: Any, keys: Any) -> None:
@@ -75,17 +92,25 @@ def _renewed(model: Parametrized, given: Mapping[str, Any]) -> dict[str, Any]:
     return new
 
 
-def _read(model: Parametrized, given: Mapping[str, Any]) -> dict[str, Any]:
-    from funcparam.checkpoint import read  # a third of the time to import funcparam
+def _read(
+    model: Parametrized,
+    given: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> dict[str, Any]:
+    from funcparam.checkpoint._read import take  # a third of the time to import funcparam
 
-    raw, state, others = read(given, model.parametrization)
-    new: dict[str, Any] = {f"net.{key}": tensor for key, tensor in others.items()}
-    for entry in model.parametrization.entries:
+    file: Any = OrderedDict(given)
+    file._metadata = {"": metadata}
+    buffers = {key.removeprefix("net.") for key in own if key.startswith("net.")}
+    p = model.parametrization
+    found = take(file, p, buffers=buffers - {n for e in p.entries for n in e.names}, strict=False)
+    new: dict[str, Any] = {f"net.{key}": tensor for key, tensor in found.others.items()}
+    for entry in (entry for entry in p.entries if entry.name in found.raw):
+        raw, state = found.raw[entry.name], found.state.get(entry.name, {})
         if entry.transform is None:
-            new |= {f"net.{name}": raw[entry.name] for name in entry.names}
-            continue
-        for path, tensor in paths(entry.name, raw[entry.name]):
-            new[f"raw.{path}"] = tensor
-        for path, tensor in paths(entry.name, state.get(entry.name, {})):
-            new[f"state.{path}"] = tensor
+            new |= {f"net.{name}": raw for name in entry.names}
+        else:
+            new |= {f"raw.{path}": tensor for path, tensor in paths(entry.name, raw)}
+            new |= {f"state.{path}": tensor for path, tensor in paths(entry.name, state)}
     return new

@@ -36,6 +36,21 @@ def is_plain_eager() -> bool:
     )
 
 
+def fx_tracer(args: Any, kwargs: Any) -> Any:
+    """What traces this symbolically, with torch.fx; None if nothing does.
+
+    Raises:
+        TypeError: it began with this very module, whose arguments it does not know.
+    """
+    if isinstance(args, torch.fx.Proxy):
+        raise TypeError(
+            "torch.fx takes a Parametrized as one module of a graph: trace a module around it, such"
+            " as torch.nn.Sequential(model), or model.fold()"
+        )
+    given = (*args, *kwargs.values())
+    return next((x.tracer for x in given if isinstance(x, torch.fx.Proxy)), None)
+
+
 class Modes:
     """Whether there are gradients, and autocast on some kinds of devices, when this is made."""
 

@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from inspect import ismethod, signature
+from os import PathLike
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -27,6 +28,7 @@ from funcparam.binding.dotted import (
 from funcparam.binding.evaluation import Evaluation, Values
 from funcparam.binding.fold import copy_of
 from funcparam.binding.guard import guard, unguard
+from funcparam.binding.modes import fx_tracer
 from funcparam.binding.pins import is_checkpointed, settled, settled_when_run
 from funcparam.binding.places import Place, lock_of
 from funcparam.binding.sharding import whole
@@ -121,6 +123,20 @@ class Parametrized(nn.Module):
         generator: torch.Generator | None = None,
         recompute: bool = False,
     ) -> None:
+        self.set_up(net, p, {}, raw, state, generator=generator, recompute=recompute)
+
+    def set_up(
+        self,
+        net: nn.Module,
+        p: Parametrization[dict[str, Tensor]],
+        memo: dict[int, Any],
+        raw: Mapping[str, Raw] | None = None,
+        state: Mapping[str, State] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        recompute: bool = False,
+    ) -> None:
+        """Do what making one does, with what is copied already in a memo of deepcopy."""
         super().__init__()
         if not isinstance(p, Parametrization):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
@@ -142,7 +158,7 @@ class Parametrized(nn.Module):
         self.parametrization, self._ruled, self.recompute = p, ruled, recompute
         self._layout = list(map(layout, ruled.entries))
         self._flags = {e.name: values[e.name].requires_grad for e in ruled.entries}
-        self.net = _emptied(net, values, ruled.entries, given)
+        self.net = _emptied(net, memo, values, ruled.entries, given)
         self.raw, self.state = Held(), Held()
         buffers = {leaf.names[0] for leaf in flatten(net)[0] if leaf.is_buffer}
         for entry in ruled.entries:
@@ -161,6 +177,9 @@ class Parametrized(nn.Module):
         """Call the network with the parametrized values."""
         if torch.compiler.is_compiling() and not (self.training and self._evolves):
             return call_traced(self._net, self._traced(), args, kwargs)[0]
+        if (tracer := fx_tracer(args, kwargs)) is not None:
+            path = tracer.path_of_module(self)
+            return tracer.create_proxy("call_module", path, args, kwargs)
         with self.bound() as net:
             return net(*args, **kwargs)
 
@@ -280,8 +299,13 @@ class Parametrized(nn.Module):
         It has the classes, hooks, names, order and `requires_grad` of the network that was given,
         does not need funcparam, and shares no memory with this module.
         """
+        return self.fold_with({})
+
+    def fold_with(self, memo: dict[int, Any]) -> nn.Module:
+        """The same with what is copied already in a memo of deepcopy."""
         values = self._ruled(*whole(self._own()))
-        net = copy_of(self._net, _gathered(self._net))
+        memo |= {i: own for i, own in _gathered(self._net).items() if i not in memo}
+        net = copy_of(self._net, memo)
         unguard(net)
         for entry in self._ruled.entries:
             value = values[entry.name].detach().clone(memory_format=torch.contiguous_format)
@@ -293,6 +317,37 @@ class Parametrized(nn.Module):
 
     # Saving and loading
 
+    @classmethod
+    def from_checkpoint(
+        cls, net: nn.Module, path: str | PathLike[str], *, known: Mapping[str, Any] | None = None
+    ) -> Self:
+        """Make one of a network and a file that says which transforms wrote it.
+
+        The weights of the network are not looked at: they need not satisfy anything.
+
+        Args:
+            net: a network as the file's was; it is copied.
+            path: what [`checkpoint.load`][funcparam.checkpoint.load] takes.
+            known: as for [`checkpoint.parametrization`][funcparam.checkpoint.parametrization].
+
+        Raises:
+            ValueError: the file does not say its transforms, or is of another network.
+        """
+        from funcparam.checkpoint import load, read
+
+        found = read(load(path), known=known)
+        model = cls(net, found.p, raw=found.raw, state=found.state)
+        unexpected = model.net.load_state_dict(found.others, strict=False).unexpected_keys
+        if unexpected:
+            names = ", ".join(map(repr, unexpected))
+            raise ValueError(f"the file is of another network, which has {names}")
+        return model
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata: dict[str, Any] = getattr(destination, "_metadata", {})
+        loading.say(self, metadata.setdefault(prefix[:-1], {}))
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -302,7 +357,7 @@ class Parametrized(nn.Module):
         *lists: Any,
     ) -> None:
         """Take checkpoints in any spelling; of one in this module's own, everything is as usual."""
-        loading.respell(self, state_dict, prefix)
+        loading.respell(self, state_dict, prefix, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def __reduce_ex__(self, _: Any) -> Any:
@@ -372,12 +427,13 @@ class Parametrized(nn.Module):
 
 def _emptied(
     net: nn.Module,
+    memo: dict[int, Any],
     values: Mapping[str, Tensor],
     ruled: Sequence[Entry],
     given: Mapping[str, Any],
 ) -> nn.Module:
     """Copy the network without the weights that have a rule, and with others that are given."""
-    memo: dict[int, Any] = {id(values[entry.name]): None for entry in ruled}
+    memo |= {id(values[entry.name]): None for entry in ruled}
     for name, tensor in given.items():
         memo[id(values[name])] = nn.Parameter(tensor, requires_grad=values[name].requires_grad)
     return copy_of(net, memo)

@@ -11,6 +11,7 @@ from threading import Lock, RLock
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 _values, _items = cast("Any", dict.values), cast("Any", dict.items)
@@ -174,12 +175,13 @@ class Tree:
         self._is_plain = is_plain and not isinstance(self.net, nn.DataParallel)
         if not self._is_plain:
             tree = []  # a part is scripted, and nothing is proven of it
+        items: Any = _plain_items if torch.compiler.is_compiling() else _items
         modules: dict[int, dict[str, Any]] = {}
         holder: dict[str, int] = {}
         kept: dict[int, list[Place]] = {}
         for path, module in tree:
             for table in ("_parameters", "_buffers"):
-                for key, tensor in _items(vars(module)[table]):
+                for key, tensor in items(vars(module)[table]):
                     if tensor is None:
                         continue
                     name = f"{path}.{key}" if path else key
@@ -211,6 +213,11 @@ class Tree:
         filled = list(filter(None, tables))
         entries = cast("Any", chain.from_iterable(map(_values, filled)))
         return tables, [*map(id, entries), *chain.from_iterable(filled)]
+
+
+def _plain_items(table: dict[str, Any]) -> Any:
+    """For a compiler, which knows no table whose entries are made when they are read."""
+    return table.items()
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from operator import getitem, is_, is_not
-from typing import Any
+from operator import contains, getitem, is_, is_not
+from typing import Any, cast
 
 from torch import nn
 
 from funcparam.binding.checkpoints import is_bound
 from funcparam.binding.places import Place, Places, lock_of
+
+_get = cast("Any", dict.get)
 
 
 class Slots:
@@ -49,14 +51,18 @@ class Slots:
 
     def expect_empty(self) -> None:
         """Raise if somebody wrote to a slot, whose tensor would be neither used nor kept."""
-        found = map(getitem, self.every.tables, self.every.keys)
-        if any(map(is_not, found, repeat(None))) and not is_bound(self.lock):
-            for name, own in self.at.items():
-                if any(place.read() is not None for place in own):
-                    raise RuntimeError(
-                        f"{name!r} of this Parametrized's network was written to. Its value is"
-                        f" computed: write to model.raw, or load it with model.load_state_dict"
-                    )
+        tables, keys = self.every.tables, self.every.keys
+        found = list(map(_get, tables, keys))
+        if not any(map(is_not, found, repeat(None))) and all(map(contains, tables, keys)):
+            return
+        for name, own in self.at.items():
+            if any(place.key not in place.entries() for place in own):
+                raise RuntimeError(_gone(name))
+            if not is_bound(self.lock) and any(place.read() is not None for place in own):
+                raise RuntimeError(
+                    f"{name!r} of this Parametrized's network was written to. Its value is"
+                    " computed: write to model.raw, or load it with model.load_state_dict"
+                )
 
     def of(self, names: Sequence[str]) -> Places:
         """The places of all, or of those that are not made when they are read."""
@@ -105,10 +111,14 @@ def _through(
     while not any(key in vars(module)[table] for table in tables):
         children = list(vars(module)["_modules"].items())
         if len(children) != 1:
-            raise RuntimeError(
-                f"{name!r} is no more in the network of this Parametrized, but has a rule. Replace"
-                " modules before the Parametrized is made, or make another one"
-            )
+            raise RuntimeError(_gone(name))
         wrapped, child = children[0]
         yield module, wrapped, child
         module = child
+
+
+def _gone(name: str) -> str:
+    return (
+        f"{name!r} is no more in the network of this Parametrized, but has a rule. Replace modules"
+        " before the Parametrized is made, or make another one"
+    )

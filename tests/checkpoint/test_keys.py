@@ -50,7 +50,9 @@ def test_explain_knows_funcparams_own():
     found = checkpoint.explain(shell.state_dict()).stored
     assert {item.style for item in found} == {"funcparam"}
     keys = {item.name: item.keys for item in found}
-    assert keys["encoder.weight.magnitude"] == (("raw", "raw.encoder.weight.magnitude"),)
+    parts = (f"raw.{part}" for part in ("magnitude", "direction"))
+    assert keys["encoder.weight"] == tuple((p, p.replace(".", ".encoder.weight.")) for p in parts)
+    assert keys["decoder.bias"] == (("net", "net.decoder.bias"),)
 
 
 def test_explain_takes_the_outermost_parametrization():
@@ -214,12 +216,12 @@ def test_the_shell_is_as_strict_as_torch_with_its_own_keys():
     net = nn.Linear(2, 2)
     shell = fp.Parametrized(net, fp.parametrize(net, {"weight": WeightNorm()}))
     given = shell.state_dict()
-    del given["raw.bias"]
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "raw.bias"'):
+    del given["net.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "net.bias"'):
         shell.load_state_dict(given)
-    assert shell.load_state_dict(given, strict=False).missing_keys == ["raw.bias"]
+    assert shell.load_state_dict(given, strict=False).missing_keys == ["net.bias"]
     plain = {**net.state_dict(), "strange": ONE}
-    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"net_buffers.strange"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\).*"strange"'):
         shell.load_state_dict(plain)
 
 
