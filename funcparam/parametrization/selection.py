@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -26,27 +26,42 @@ def select(rules: Rules, leaves: Sequence[Leaf]) -> dict[str, Rule]:
 
     Raises:
         TypeError: a rule is not a selector with a transform.
-        ValueError: a rule picks nothing, or only what earlier rules took, under this name or
-            under another one of a tie.
+        ValueError: a rule picks nothing, or only what earlier rules took; or two rules pick one
+            tie, each by a name that the other one does not pick.
     """
     pairs = _pairs(rules)
     every = {name for leaf in leaves for name in leaf.names}
-    taken: dict[str, int] = {}
-    for number, (selector, transform) in enumerate(pairs):
+    won: dict[str, _Pick] = {}
+    for rule in pairs:
+        selector, transform = rule
         if not isinstance(transform, Transform):
             raise TypeError(_no_transform(selector, transform))
-        matches = _matcher(selector, every)
-        matched = [
-            leaf for leaf in leaves if any(matches(n, leaf, i) for i, n in enumerate(leaf.names))
-        ]
-        if not matched:
+        picks = list(_picks(rule, _matcher(selector, every), leaves))
+        if not picks:
             near = _nearest(selector, leaves)
             raise ValueError(f"rule {_show(selector)} matches nothing; {near}")
-        won = [leaf.names[0] for leaf in matched if leaf.names[0] not in taken]
-        if not won:
-            raise ValueError(_never_applies(pairs, selector, matched[0], taken))
-        taken |= dict.fromkeys(won, number)
-    return {name: pairs[taken[name]] for leaf in leaves if (name := leaf.names[0]) in taken}
+        for pick in picks:
+            winner = won.setdefault(pick.leaf.names[0], pick)
+            if not (winner.names <= pick.names or pick.names <= winner.names):
+                raise ValueError(_meet(winner, pick))
+        if not any(won[pick.leaf.names[0]] is pick for pick in picks):
+            raise ValueError(_never_applies(won[picks[0].leaf.names[0]], picks[0]))
+    return {name: won[name].rule for leaf in leaves if (name := leaf.names[0]) in won}
+
+
+class _Pick(NamedTuple):
+    """A rule, and the names by which it picks a leaf."""
+
+    rule: Rule
+    leaf: Leaf
+    names: frozenset[str]
+
+
+def _picks(rule: Rule, matches: _Matcher, leaves: Sequence[Leaf]) -> Iterator[_Pick]:
+    for leaf in leaves:
+        names = frozenset(name for i, name in enumerate(leaf.names) if matches(name, leaf, i))
+        if names:
+            yield _Pick(rule, leaf, names)
 
 
 def picked_by(selector: Any, name: str) -> str:
@@ -168,20 +183,24 @@ def _is_regular_expression(selector: str, names: Sequence[str]) -> bool:
         return False
 
 
-def _never_applies(
-    pairs: Sequence[tuple[Any, Any]], selector: Any, leaf: Leaf, taken: Mapping[str, int]
-) -> str:
-    winner = _show(pairs[taken[leaf.names[0]]][0])
-    name, *others = leaf.names
-    if others:
-        return (
-            f"{name!r} is tied to {', '.join(map(repr, others))} and can have one"
-            f" rule; got {winner} and {_show(selector)}. Leave one of them out"
-        )
+def _meet(winner: _Pick, other: _Pick) -> str:
+    names = winner.leaf.names
     return (
-        f"rule {_show(selector)} never applies: the earlier rule {winner} takes"
-        f" {name!r} and whatever else it matches. Put the narrower rule first"
+        f"{_tie(winner)} is one weight and can have one rule; got {_show(winner.rule[0])} and"
+        f" {_show(other.rule[0])}, each for a name of its own. Leave one of them out, or put a rule"
+        f" first that picks all of its names: lambda name, tensor: name in {names}"
     )
+
+
+def _never_applies(winner: _Pick, other: _Pick) -> str:
+    return (
+        f"rule {_show(other.rule[0])} never applies: the earlier rule {_show(winner.rule[0])} takes"
+        f" {_tie(winner)} and whatever else it matches. Put the narrower rule first"
+    )
+
+
+def _tie(pick: _Pick) -> str:
+    return " = ".join(map(repr, pick.leaf.names))
 
 
 def _show(selector: Any) -> str:

@@ -80,9 +80,7 @@ def test_rules_are_pairs_of_selector_and_transform():
 
 
 def test_two_rules_on_one_tie():
-    match = (
-        r"'encoder.weight' is tied to 'decoder.weight' and can have one rule; got 'enc.* and 'dec"
-    )
+    match = "'encoder.weight' = 'decoder.weight' is one weight .* got 'encoder.* and 'decoder"
     with pytest.raises(ValueError, match=match):
         fp.parametrize(Tied(), {"encoder.weight": Orthogonal(), "decoder.weight": Symmetric()})
     p = fp.parametrize(Tied(), {"decoder.weight": Orthogonal(), "*": WeightNorm(dim=None)})
@@ -90,6 +88,44 @@ def test_two_rules_on_one_tie():
     p = fp.parametrize(Tied(), {"*.weight": Orthogonal()})
     assert list(p) == ["encoder.weight"]
     assert list(fp.parametrize(Tied(), {"decoder.weight": Orthogonal()})) == ["encoder.weight"]
+
+
+class LanguageModel(nn.Module):
+    """A head that is tied to the embedding, and parts that are not."""
+
+    def __init__(self, *, positions, blocks):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 5)
+        self.head = nn.Linear(5, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.positions = nn.Embedding(4, 5) if positions else None
+        self.block = nn.Linear(5, 5) if blocks else None
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_two_rules_meet_on_a_tie_whatever_else_there_is(positions, blocks):
+    net = LanguageModel(positions=positions, blocks=blocks)
+    by_type = {(nn.Linear, "weight"): WeightNorm(), (nn.Embedding, "weight"): Mask()}
+    for rules in (by_type, dict(reversed(by_type.items()))):
+        with pytest.raises(ValueError, match="'embedding.weight' = 'head.weight' is one weight"):
+            fp.parametrize(net, rules)
+    if positions and blocks:  # else a rule is left with nothing
+        both = {lambda name, tensor: name in ("embedding.weight", "head.weight"): Orthogonal()}
+        p = fp.parametrize(net, both | by_type)
+        assert p["embedding.weight"] == Orthogonal()
+        assert p["positions.weight"] == Mask()
+        assert p["block.weight"] == WeightNorm()
+
+
+def test_rules_of_which_one_picks_all_names_of_a_tie_have_an_order():
+    net = LanguageModel(positions=True, blocks=True)
+    p = fp.parametrize(net, {"*.weight": Mask(), "block.*": WeightNorm(dim=None)})
+    assert p["embedding.weight"] == Mask()
+    p = fp.parametrize(net, {"head.weight": WeightNorm(), "*.weight": Mask()})
+    assert p["embedding.weight"] == WeightNorm()
+    p = fp.parametrize(net, {"*d*.weight": WeightNorm(), nn.Linear: Mask()})
+    assert p["embedding.weight"] == WeightNorm()
 
 
 def test_static_checks_name_the_path_and_leave_the_net_alone():
