@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.func import jvp, vjp
 from torch.optim import Optimizer
 
-Chart = Callable[[dict[str, Tensor]], Tensor]
-"""A map from the raw tensors of one weight, by key, to its value."""
+from funcparam.transforms.contract.solve import Chart, lifted, pull
 
 _ORDERS: tuple[tuple[str, int], ...] = (
     ("exp_avg", 1),
@@ -58,27 +55,4 @@ def carried(
     that comes closest, `m = J_old (J_old^T J_old)^+ m_x`, and returns `J_new^T m`. What of `m_x` no
     gradient at `x` can be is dropped.
     """
-    pull = cast("Any", vjp(old, x)[1])
-    pull_new = cast("Any", vjp(new, y)[1])
-
-    def normal(w: Tensor) -> Tensor:
-        return jvp(old, (x,), (pull(w)[0],))[1]
-
-    value = jvp(old, (x,), (moment,))[1]
-    return pull_new(_solved(normal, value))[0]
-
-
-def _solved(matrix: Callable[[Tensor], Tensor], b: Tensor, steps: int = 50) -> Tensor:
-    """Solve for a positive semidefinite matrix by conjugate gradients, to single precision."""
-    x, r = torch.zeros_like(b), b
-    p, rr = r, (r * r.conj()).sum().real
-    enough = 1e-12 * rr
-    for _ in range(steps):
-        if rr <= enough:
-            break
-        image = matrix(p)
-        alpha = rr / (p.conj() * image).sum().real
-        x, r = x + alpha * p, r - alpha * image
-        rr, before = (r * r.conj()).sum().real, rr
-        p = r + (rr / before) * p
-    return x
+    return pull(new, y, lifted(old, x, moment))

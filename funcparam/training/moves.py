@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from funcparam.parametrization.boundary import RawTree, StateTree
 from funcparam.parametrization.parametrization import Parametrization
-from funcparam.training.moments import Chart, carried, moments, order
+from funcparam.training.moments import carried, moments, order
 from funcparam.training.together import Together
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
+from funcparam.transforms.contract.solve import Chart
 
 Moved = tuple[dict[str, Raw], dict[str, State]]
 

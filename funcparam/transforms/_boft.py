@@ -48,8 +48,6 @@ class BOFT(Transform[Mapping[str, Tensor]]):
     Source: Liu et al., BOFT, arXiv 2311.06243, equations 3 to 6; peft's `BOFTConfig`.
     """
 
-    roles: ClassVar[Mapping[str, Role]] = {"R": "relative", "s": "magnitude"}
-
     is_adapter: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = {"R": "relative", "s": "magnitude"}
 

@@ -77,6 +77,14 @@ class Interval(Transform[Tensor]):
             "high": value.new_full((), self.high),
         }
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """What is not inside becomes the number next to the bound."""
+        low, high = state["low"], state["high"]
+        return value.clamp(torch.nextafter(low, high), torch.nextafter(high, low))
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the farthest entry is outside; the bounds in state count if they are given."""
         low, high = state.get("low", self.low), state.get("high", self.high)
@@ -143,6 +151,14 @@ class LowerBound(Transform[Tensor]):
         expect_range(self, value, value > self.low, f"above {self.low}")
         return inverse_softplus(value - self.low), {"low": value.new_full((), self.low)}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """What is not above becomes the number next to the bound."""
+        low = state["low"]
+        return value.clamp_min(torch.nextafter(low, torch.full_like(low, torch.inf)))
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the least entry is below the bound; the one in state counts if it is given."""
         return largest((state.get("low", self.low) - value).clamp_min(0))
@@ -203,6 +219,14 @@ class UpperBound(Transform[Tensor]):
     ) -> tuple[Tensor, State]:
         expect_range(self, value, value < self.high, f"below {self.high}")
         return inverse_softplus(self.high - value), {"high": value.new_full((), self.high)}
+
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """What is not below becomes the number next to the bound."""
+        high = state["high"]
+        return value.clamp_max(torch.nextafter(high, torch.full_like(high, -torch.inf)))
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest entry is above the bound; the one in state counts if it is given."""

@@ -36,6 +36,16 @@ class _Pieces(Parts):
         ]
         return merged([raw for raw, _ in pairs]), merged([state for _, state in pairs])
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        pieces = enumerate(zip(self.parts, self._split(value), strict=True))
+        return self._join([part.project(X, own_tensors(state, i)) for i, (part, X) in pieces])
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        pieces = enumerate(zip(self.parts, self._split(value), self._split(vector), strict=True))
+        return self._join(
+            [part.tangent(X, along, own_tensors(state, i)) for i, (part, X, along) in pieces]
+        )
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest violation of a part."""
         pieces = zip(self.parts, self._split(value), strict=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms.contract.base import AnyTransform, State, Transform
+from funcparam.transforms.contract.base import AnyTransform, State, Transform, expect_constraint
 from funcparam.transforms.contract.roles import Role
 
 Part: TypeAlias = "tuple[AnyTransform, State]"
@@ -107,6 +107,14 @@ class Chain(Transform[Any]):
         first, own = next(self._each(state))
         raw, own = first.rebase(raw, own)
         return raw, {**state, **{f"0.{key}": tensor for key, tensor in own.items()}}
+
+    def project(self, value: Tensor, state: State) -> Tensor:
+        expect_constraint(self.parts[0])
+        return super().project(value, state)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        expect_constraint(self.parts[0])
+        return super().tangent(value, vector, state)
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         for part, own in reversed(list(self._flat(state))):

@@ -68,6 +68,14 @@ class CholeskyFactor(Transform[Tensor]):
         )
         return _raw_factor(value), {}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """The lower triangle, whose diagonal becomes the smallest normal number if not positive."""
+        diagonal = _diagonal(value).clamp_min(torch.finfo(value.dtype).tiny)
+        return value.tril(-1) + diagonal.diag_embed()
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector.tril()
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest of |entry above the diagonal| and -diagonal."""
         return torch.maximum(largest(value.triu(1)), largest((-_diagonal(value)).clamp_min(0)))
@@ -148,6 +156,17 @@ class PositiveDefinite(Transform[Tensor]):
             " not: add a multiple of the identity first, or use PSDLowRank, which projects",
         )
         return _raw_factor(L), {}
+
+    @full_precision
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """The nearest symmetric matrix whose eigenvalues are above `eps`, by a rounding error."""
+        spectrum, Q = linalg.eigh((value + value.mT) / 2)
+        rounding = torch.finfo(value.dtype).eps * value.shape[-1] * largest(spectrum)
+        above = torch.maximum(spectrum, self.eps + rounding)
+        return (Q * above[..., None, :]) @ Q.mT
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return (vector + vector.mT) / 2
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W - W^T|, or how far the least eigenvalue is below eps if that is more."""

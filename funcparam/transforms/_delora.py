@@ -56,8 +56,6 @@ class DeLoRA(Transform[Mapping[str, Tensor]]):
     Source: Bini et al., DeLoRA, arXiv 2503.18225, equation 9; peft's `DeloraConfig`.
     """
 
-    roles: ClassVar[Mapping[str, Role]] = {"A": "factor", "B": "factor", "lambda": "magnitude"}
-
     is_adapter: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = {
         "A": "direction",

@@ -32,6 +32,12 @@ class Frozen(Transform[Mapping[str, Tensor]]):
     ) -> tuple[Mapping[str, Tensor], State]:
         return {}, {"value": value}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        return state["value"]
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return torch.zeros_like(vector)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |value - frozen value|. The value in state is the constraint."""
         if "value" not in state:

@@ -50,8 +50,6 @@ class HRA(Transform[Tensor]):
     orthogonalisation.
     """
 
-    roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
-
     is_adapter: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 

@@ -87,6 +87,15 @@ class Invertible(Transform[Tensor]):
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return torch.zeros_like(raw), {"base": self.forward(raw, state)}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(
+            f"{self!r} has no projection: next to a singular matrix there are invertible ones in"
+            " all directions, and none is the nearest. Train its raw"
+        )
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The distance to singular matrices, if they lie between the value and the base point."""
         if value.is_complex():

@@ -36,6 +36,12 @@ class Mask(Transform[Tensor]):
     ) -> tuple[Tensor, State]:
         return value, {"mask": value != 0}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        return self.forward(value, state)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return self.forward(vector, state)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |entry| where the mask is False. The mask in state is the constraint."""
         if "mask" not in state:

@@ -64,6 +64,13 @@ class Ordered(Transform[Tensor]):
         )
         return torch.cat([value[..., :1], inverse_softplus(steps)], dim=-1), {}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """The largest entry so far, which is no step down; not the nearest."""
+        return value.cummax(-1).values
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest step down."""
         return largest((-value.diff(dim=-1)).clamp_min(0))

@@ -26,6 +26,7 @@ from funcparam.transforms.numerics.orthogonal_maps import (
     identity_like,
     reflectors,
 )
+from funcparam.transforms.numerics.polar import nearest_orthogonal, orthogonal_tangent
 
 # These two do not need a base point to start from a value: raw itself can be the value.
 _PROJECTIONS = ("qr", "newton_schulz")
@@ -144,6 +145,14 @@ class Orthogonal(Transform[Tensor]):
             return raw, state
         return self.right_inverse(self.forward(raw, state))
 
+    @full_precision
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """The nearest such matrix, the polar factor. Far from singular values of 0 it is exact."""
+        return nearest_orthogonal(value)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return orthogonal_tangent(value, vector)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I| of the shorter side."""
         tall = value.mT if value.shape[-2] < value.shape[-1] else value
@@ -237,6 +246,9 @@ class SpecialOrthogonal(Transform[Tensor]):
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return Orthogonal().tangent(value, vector, state)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^T W - I| or |det W - 1|."""
         determinant: Tensor = linalg.det(value)
@@ -296,6 +308,13 @@ class Unitary(Transform[Tensor]):
     @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
+
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """The nearest unitary matrix, the polar factor."""
+        return Orthogonal().project(value, state)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return Orthogonal().tangent(value, vector, state)
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I|."""

@@ -32,6 +32,18 @@ class Parts(Transform[Mapping[str, Tensor]]):
         position, _, own = key.partition(".")
         return self.parts[int(position)].adapts(own)
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(
+            f"{self!r} has no projection: no way is known to the nearest value that is made of such"
+            " parts. Train its raw"
+        )
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        raise NotImplementedError(
+            f"{self!r} has no tangent: a value does not tell the parts that it is made of. Train"
+            " its raw"
+        )
+
     def each(
         self, raw: Mapping[str, Tensor], state: State
     ) -> Iterator[tuple[AnyTransform, Any, State]]:

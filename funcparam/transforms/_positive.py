@@ -71,6 +71,13 @@ class Positive(Transform[Tensor]):
         expect_range(self, value, value > 0, "to be positive")
         return _MAPS[self.map].inverse(value), {}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """What is not positive becomes the smallest normal number."""
+        return value.clamp_min(torch.finfo(value.dtype).tiny)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the least entry is below 0."""
         return largest((-value).clamp_min(0))

@@ -8,8 +8,8 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._low_rank import balanced_factors, singular_value
 from funcparam.transforms._frozen import Frozen
+from funcparam.transforms._low_rank import balanced_factors, singular_value
 from funcparam.transforms._parts import Parts, checked_parts, merged
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument, expect_choice
 from funcparam.transforms.contract.base import AnyTransform, State, expect_filled, expect_matrix

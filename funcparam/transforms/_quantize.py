@@ -183,6 +183,9 @@ class FakeQuantize(Transform[Tensor]):
         zero_point = -(ends[0] / scale).round() if affine else torch.zeros_like(scale)
         return value, {"scale": scale, "zero_point": zero_point}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        return self.forward(value, state)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the grid in state, or its own without one."""
         if "scale" not in state:

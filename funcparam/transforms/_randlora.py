@@ -47,8 +47,6 @@ class RandLoRA(Transform[Mapping[str, Tensor]]):
     Source: Albert et al., RandLoRA, arXiv 2502.00987, equation 3; peft's `RandLoraConfig`.
     """
 
-    roles: ClassVar[Mapping[str, Role]] = {"lambda": "magnitude", "gamma": "magnitude"}
-
     is_adapter: ClassVar[bool] = True
     roles: ClassVar[Mapping[str, Role]] = {"lambda": "magnitude", "gamma": "magnitude"}
 

@@ -76,6 +76,22 @@ class Simplex(Transform[Tensor]):
         left = value.flip(-1).cumsum(-1).flip(-1)[..., 1:]
         return value[..., :-1].log() - left.log() + _log_left(left), {}
 
+    @full_precision
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """The nearest point, but for zeros, which become the smallest normal number.
+
+        Source: Duchi et al., Efficient projections onto the l1-ball (2008), figure 1.
+        """
+        down = value.sort(dim=-1, descending=True).values
+        counts = torch.arange(1, value.shape[-1] + 1, dtype=value.dtype, device=value.device)
+        levels = (down.cumsum(-1) - 1) / counts
+        last = (down > levels).sum(-1, keepdim=True) - 1
+        inside = (value - levels.gather(-1, last)).clamp_min(torch.finfo(value.dtype).tiny)
+        return inside / inside.sum(-1, keepdim=True)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector - vector.mean(-1, keepdim=True)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |sum - 1|, or how far the least entry is below 0 if that is more."""
         off = largest(value.sum(-1) - 1)

@@ -63,6 +63,12 @@ class Sparse(Transform[Tensor]):
         mask = mask.scatter(0, chosen, torch.ones_like(chosen, dtype=torch.bool))
         return flat.gather(0, chosen), {"mask": mask.reshape(value.shape)}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        return torch.where(state["mask"], value, 0)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return torch.where(state["mask"], vector, 0)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |entry| where the mask is False; without one, the largest but `entries`."""
         if "mask" not in state:

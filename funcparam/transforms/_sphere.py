@@ -96,6 +96,14 @@ class UnitNorm(Transform[Tensor]):
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.forward(raw, state), state
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        return self.forward(value, state)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        dims = self._dims(value)
+        normal = value / torch.where(value == 0, 1, norms(value, dims))
+        return vector - normal * (normal.conj() * vector).real.sum(dims, keepdim=True)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest ||W| - r|. A radius in state is the constraint."""
         if self.radius is None and "radius" not in state:

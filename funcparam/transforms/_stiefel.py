@@ -13,6 +13,7 @@ from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.frames import moved, tilted
 from funcparam.transforms.numerics.orthogonal_maps import q_factor
+from funcparam.transforms.numerics.polar import nearest_orthogonal, orthogonal_tangent
 
 
 @final
@@ -75,6 +76,14 @@ class Stiefel(Transform[Tensor]):
     @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
+
+    @full_precision
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """The nearest such matrix, the polar factor."""
+        return nearest_orthogonal(value)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return orthogonal_tangent(value, vector)
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I| of the shorter side."""

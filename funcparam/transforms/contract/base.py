@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
+from funcparam.transforms.contract.solve import tangent_part
 
 Raw: TypeAlias = "Tensor | Mapping[str, Tensor]"
 """What is trained in place of a value: one tensor, or named tensors."""
@@ -151,6 +152,29 @@ class Transform(ABC, Generic[R]):
         """
         return raw, state
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """Take any value to one that satisfies the constraint, and such a value to itself.
+
+        The default is `forward` of the right inverse, the projection that a transform documents. A
+        transform whose constraint lies in state (a mask, bounds, a radius) takes that one, and of
+        an open set the point is a representable one, next to the nearest.
+
+        Raises:
+            NotImplementedError: there is no such point to be had; the message says why.
+        """
+        expect_constraint(self)
+        return self.forward(*self.right_inverse(value))
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        r"""Project `vector` onto the directions in which `value` can move, orthogonally.
+
+        With the Jacobian `J` of `forward` at the value's raw that is `J (J^T J)^+ J^T` of it, which
+        the default solves by conjugate gradients.
+        """
+        expect_constraint(self)
+        raw, own = self.right_inverse(value)
+        return tangent_part(lambda raw: self.forward(raw, own), raw, vector)
+
     @abstractmethod
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Measure how far `value` is from satisfying the constraint: a scalar, 0 where it does.
@@ -211,6 +235,15 @@ class Transform(ABC, Generic[R]):
 
 
 AnyTransform: TypeAlias = Transform[Any]
+
+
+def expect_constraint(transform: AnyTransform) -> None:
+    """Raise NotImplementedError for an adapter, of whose weight any is a value."""
+    if transform.is_adapter:
+        raise NotImplementedError(
+            f"{transform!r} has no projection and no tangent: it adds to a frozen weight, and is no"
+            " constraint. Train its raw"
+        )
 
 
 def expect_inexact(transform: AnyTransform, value: Tensor) -> None:

@@ -50,3 +50,21 @@ def polar_factor(X: Tensor) -> Tensor:
         gram = frame.mH @ frame if i else gram
         frame = torch.add(frame @ torch.add(gram * b, gram @ gram, alpha=c), frame, alpha=a)
     return frame
+
+
+def nearest_orthogonal(W: Tensor) -> Tensor:
+    """The polar factor of a tall or wide matrix: the nearest with orthonormal columns, or rows."""
+    if W.shape[-2] < W.shape[-1]:
+        return polar_factor(W.mH).mH
+    return polar_factor(W)
+
+
+def orthogonal_tangent(W: Tensor, G: Tensor) -> Tensor:
+    """The part of G in the directions in which a W with orthonormal columns, or rows, can move.
+
+    `G - W sym(W^H G)`. Source: Edelman, Arias and Smith, SIAM J. Matrix Anal. 20 (1998), eq. 2.4.
+    """
+    if W.shape[-2] < W.shape[-1]:
+        return orthogonal_tangent(W.mH, G.mH).mH
+    along = W.mH @ G
+    return G - W @ (along + along.mH) / 2
