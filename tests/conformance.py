@@ -57,7 +57,8 @@ def run(source, *, compat, dynamo):
         path.write_text(source)
         report = Path(folder) / "report.xml"
         plugin = ["-p", "funcparam.compat.pytest_plugin"] if compat else []
-        environment = os.environ | ({"PYTORCH_TEST_WITH_DYNAMO": "1"} if dynamo else {})
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        environment |= {"PYTORCH_TEST_WITH_DYNAMO": "1"} if dynamo else {}
         options = ["-q", "--noconftest", "-c", "/dev/null", f"--rootdir={folder}"]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, *plugin, f"--junitxml={report}", path],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from threading import Lock, get_ident
+from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,20 +19,24 @@ _EXCHANGED, _RESETTING = PASSING
 
 
 class _Exchange(NamedTuple):
-    """A value that `functional_call` put in, and what it will bring back in the end."""
+    """A value that a call of `functional_call` put in."""
 
-    before: object
+    call: FrameType
+    thread: int
     value: Tensor
+
+
+_LOCK = Lock()  # around changes of the exchanges of any module
 
 
 def read(module: nn.Module, name: str) -> Tensor:
     """The value of a parametrized tensor."""
-    if _private.is_scripting():
-        raise RuntimeError("Parametrization is not working with scripting.")
     own = module.__dict__
     resetting = None
-    if _EXCHANGED in own and own[_EXCHANGED].get(name):
-        return own[_EXCHANGED][name][-1].value
+    if _EXCHANGED in own:
+        exchanged = _exchanged(own, name)
+        if exchanged is not None:
+            return exchanged
     if _RESETTING in own:
         resetting = own[_RESETTING]
         if name in resetting:
@@ -43,16 +49,14 @@ def read(module: nn.Module, name: str) -> Tensor:
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
     """Set raw to the right inverse of `value`; what `functional_call` assigns is used as it is."""
-    if _private.is_scripting():
-        raise RuntimeError("Parametrization is not working with scripting.")
     if torch.compiler.is_compiling():
         _assign_uncompiled(module, name, value)
         return
-    before = _private.value_in_exchange(depth=2)
-    if before is None:
+    call = _private.exchange(depth=2)
+    if call is None:
         cast("Any", _list(module, name)).right_inverse(value)
     else:
-        _exchange(module, name, before, value)
+        _exchange(module, name, call, value)
 
 
 @_private.not_compiled(
@@ -69,15 +73,27 @@ def _assign_uncompiled(module: nn.Module, name: str, value: Tensor) -> None:
     cast("Any", _list(module, name)).right_inverse(value)
 
 
-def _exchange(module: nn.Module, name: str, before: object, value: Tensor) -> None:
-    """Put `value` in the place of the computed one, or take it out if `value` was there before."""
-    stack: list[_Exchange] = module.__dict__.setdefault(_EXCHANGED, {}).setdefault(name, [])
-    if stack and stack[-1].before is value:
-        stack.pop()
-        if not any(module.__dict__[_EXCHANGED].values()):
+def _exchange(module: nn.Module, name: str, call: FrameType, value: Tensor) -> None:
+    """Put `value` in the place of the computed one, or take out what `call` put in before."""
+    with _LOCK:
+        exchanges: dict[str, list[_Exchange]] = module.__dict__.get(_EXCHANGED, {})
+        before = exchanges.get(name, [])
+        others = [item for item in before if item.call is not call]
+        if len(others) == len(before):
+            others.append(_Exchange(call, get_ident(), value))
+        exchanges = {**exchanges, name: others}
+        if any(exchanges.values()):
+            module.__dict__[_EXCHANGED] = exchanges
+        else:
             del module.__dict__[_EXCHANGED]
-    else:
-        stack.append(_Exchange(before, value))
+
+
+def _exchanged(own: dict[str, Any], name: str) -> Tensor | None:
+    """What is in the place of the value: of this thread, else of the one that it may work for."""
+    found: list[_Exchange] = own.get(_EXCHANGED, {}).get(name, [])
+    if len(found) > 1:
+        found = [item for item in found if item.thread == get_ident()] or found
+    return found[-1].value if found else None
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from funcparam.binding.modes import is_in_backward
 from funcparam.compat import _private
 from funcparam.transforms import AnyTransform, Transform
 from funcparam.transforms.contract.steps import updated
@@ -15,45 +16,45 @@ class TransformModule(nn.Module):
     """A transform in the shape that `register_parametrization` wants: an `nn.Module`.
 
     Its buffers are the transform's state. Named raw tensors become `original0`, `original1`, …
-    in the transform's order. In training mode each call takes one step of what evolves.
+    in the transform's order. In training mode each call takes one step of what evolves, but none
+    in backward, where a checkpoint computes again what forward has computed.
 
     Args:
         transform: the transform.
-        buffer_names: other names for some of the state, as in torch's checkpoints.
-        raw_names: the names of raw where they are known before a value was seen.
     """
 
-    transform: AnyTransform
-    evolves: bool  # whether a step changes anything in training mode
-    _buffer_of: dict[str, str]
-    raw_names: tuple[str, ...] | None
+    if TYPE_CHECKING:  # TorchScript takes annotations at face value
+        transform: AnyTransform
+        raw_names: tuple[str, ...] | None
+        _evolves: bool
+        _buffer_of: dict[str, str]
 
-    def __init__(
-        self,
-        transform: AnyTransform,
-        buffer_names: Mapping[str, str] | None = None,
-        raw_names: tuple[str, ...] | None = None,
-    ) -> None:
+    def __init__(self, transform: AnyTransform) -> None:
         super().__init__()
         # past nn.Module.__setattr__, which takes most of the time of a registration
         vars(self).update(
             transform=transform,
-            _buffer_of=dict(buffer_names or {}),
-            raw_names=raw_names,
-            evolves=type(transform).update is not Transform.update,
+            raw_names=None,
+            _evolves=type(transform).update is not Transform.update,
+            _buffer_of={},
         )
 
+    @_private.unscripted
     def forward(self, *raw: Tensor) -> Tensor:
         """Map raw to the value, after one step of what evolves if in training mode."""
-        named, state = self.named(raw), self.state()
-        if self.evolves and self.training:
-            state = updated(self.transform, named, state)
-            self._store(state)
+        named, state = self.named(_private.whole(raw)), self.state()
+        if self._evolves:
+            state = self._advanced(named, state)
         return self.transform.forward(named, state)
 
-    def again(self, *raw: Tensor) -> Tensor:
-        """Map raw to the value with the state as it is."""
-        return self.transform.forward(self.named(raw), self.state())
+    def _advanced(self, raw: Any, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        if not steps(self):
+            # backward keeps what the value came from, and the next step writes to the buffers
+            return {key: tensor.clone() for key, tensor in state.items()}
+        new = updated(self.transform, raw, state)
+        for key, buffer in state.items():
+            write(buffer, new[key])
+        return new
 
     def right_inverse(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Find raw for `value`; the state that belongs to it goes into the buffers."""
@@ -80,7 +81,9 @@ class TransformModule(nn.Module):
 
     def take(self, raw: Any, state: Mapping[str, Tensor]) -> None:
         """Let the buffers be `state`, and know the names of raw."""
-        self._replace(state)
+        for key, tensor in state.items():
+            name = self._buffer_of.setdefault(key, key.replace(".", "_"))
+            self.register_buffer(name, tensor)
         names = None if isinstance(raw, Tensor) else tuple(raw)
         if names != self.raw_names:
             self.raw_names = names
@@ -91,25 +94,24 @@ class TransformModule(nn.Module):
             return raw[0]
         return dict(zip(self.raw_names, raw, strict=True))
 
-    def _replace(self, state: Mapping[str, Tensor]) -> None:
-        for key, tensor in state.items():
-            name = self._buffer_of.setdefault(key, key.replace(".", "_"))
-            self.register_buffer(name, tensor)
-
-    def _store(self, state: Mapping[str, Tensor]) -> None:
-        """Write new state into the buffers, in place: replicas and checkpoints share them.
-
-        Under `vmap` or `grad` over raw alone the new state belongs to the transform and has no
-        place in a buffer outside of it; it served this call and is dropped.
-        """
-        with torch.no_grad():
-            for key, new in state.items():
-                buffer = getattr(self, self._buffer_of[key])
-                if new is not buffer and not _escapes(new, buffer):
-                    buffer.copy_(new)
-
     def extra_repr(self) -> str:
         return repr(self.transform)
+
+
+def steps(part: nn.Module) -> bool:
+    """Whether what evolves in `part` takes a step when it is called now."""
+    return part.training and not is_in_backward()
+
+
+def write(buffer: Tensor, new: Tensor) -> None:
+    """Write new state into a buffer, in place: replicas and checkpoints share it.
+
+    Under `vmap` or `grad` over raw alone the new state belongs to the transform and has no
+    place in a buffer outside of it; it served this call and is dropped.
+    """
+    if new is not buffer and not _escapes(new, buffer):
+        with torch.no_grad():
+            buffer.copy_(new)
 
 
 class FunctionModule(nn.Module):
@@ -119,6 +121,7 @@ class FunctionModule(nn.Module):
         super().__init__()
         self.function = function
 
+    @_private.unscripted
     def forward(self, *raw: Tensor) -> Tensor:
         """Call the function."""
         return self.function(*raw)

@@ -9,6 +9,7 @@ from threading import RLock
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 from funcparam.compat import _access, _private
@@ -70,7 +71,9 @@ class _Shared(type):
         super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
-        raise _refuse_change(name)
+        if isinstance(vars(cls).get(name), property):
+            raise _refuse_change(name)
+        super().__delattr__(name)
 
 
 def _refuse_change(name: str) -> RuntimeError:
@@ -83,9 +86,13 @@ def _refuse_change(name: str) -> RuntimeError:
 
 def _tensor_property(name: str) -> property:
     def get(self: nn.Module) -> Tensor:
+        if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+            raise RuntimeError("Parametrization is not working with scripting.")
         return _access.read(self, name)
 
     def put(self: nn.Module, value: Tensor) -> None:
+        if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+            raise RuntimeError("Parametrization is not working with scripting.")
         _access.assign(self, name, value)
 
     # a compiler that traces one read, and nothing around it, could not see what was written since
@@ -119,7 +126,7 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     cls = type(self)
     twin = memo[id(self)] = cls.__new__(cls)
     own = {name: item for name, item in vars(self).items() if name not in _access.PASSING}
-    vars(twin).update(deepcopy(own, memo))
+    twin.__dict__ = deepcopy(own, memo)
     for slot in _private.slot_names(cls):
         if hasattr(self, slot):
             setattr(twin, slot, deepcopy(getattr(self, slot), memo))

@@ -13,7 +13,6 @@ from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 
 import funcparam as fp
 from funcparam.compat import _private
-from funcparam.compat._adapter import TransformModule
 from funcparam.compat._legacy import Legacy, Specs
 from funcparam.compat._torch_names import from_hook, from_torch_names, with_torch_names
 from funcparam.compat.hooks import remove_spectral_norm, remove_weight_norm
@@ -143,7 +142,7 @@ def _lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _take(held: nn.Module, *, native: bool) -> _Found:
     parts = list(cast("nn.ModuleList", held))
     raws = _raws(held)
-    if len(parts) == 1 and (native or isinstance(parts[0], TransformModule)):
+    if len(parts) == 1 and (native or _private.torchs_part(parts[0]) is None):
         direct = from_torch_names(parts[0], raws)
         if direct is not None:
             return _Found(*direct)

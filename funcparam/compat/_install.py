@@ -72,7 +72,14 @@ def installed() -> Generator[None]:
 
 
 def _pairs() -> Iterator[tuple[str, Any, Any]]:
-    """Name, torch's object and ours, of all that the modules offer."""
+    """Name, torch's object and ours, of all that the modules offer, and of the kinds of parts."""
+    for kind in (
+        parametrizations.OrthogonalModule,
+        parametrizations.SpectralNormModule,
+        parametrizations.WeightNormModule,
+    ):
+        name = kind.__name__
+        yield name, getattr(torch.nn.utils.parametrizations, name), kind
     for theirs, ours in (
         (torch.nn.utils.parametrize, parametrize),
         (torch.nn.utils.parametrizations, parametrizations),

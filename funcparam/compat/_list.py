@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
-from weakref import ref
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from funcparam.compat import _private
-from funcparam.compat._adapter import TransformModule, as_module
+from funcparam.compat._adapter import as_module
 from funcparam.compat._tensors import put, register
 
 
@@ -27,13 +26,13 @@ class ParametrizationList(nn.ModuleList):
         ValueError: the parametrizations do not fit the tensor.
     """
 
-    original: Tensor
-    unsafe: bool
-    is_tensor: bool
-    ntensors: int
-    raw_names: tuple[str, ...]
-    before: str | None  # which of several raw tensors was there before
-    _stepped: tuple[tuple[ref[Tensor], int, int], ...]
+    if TYPE_CHECKING:  # TorchScript takes annotations at face value
+        original: Tensor
+        unsafe: bool
+        is_tensor: bool
+        ntensors: int
+        raw_names: tuple[str, ...]
+        before: str | None  # which of several raw tensors was there before
 
     def __init__(
         self,
@@ -45,7 +44,7 @@ class ParametrizationList(nn.ModuleList):
             raise ValueError("ParametrizationList requires one or more modules.")
         super().__init__([as_module(module) for module in modules])
         # past nn.Module.__setattr__, which takes most of the time of a registration
-        vars(self).update(unsafe=unsafe, before=None, _stepped=())
+        vars(self).update(unsafe=unsafe, before=None)
         shape, dtype = original.shape, original.dtype
         raw = self._raw_for(original)
         is_tensor = isinstance(raw, Tensor)
@@ -57,7 +56,6 @@ class ParametrizationList(nn.ModuleList):
             self._hold_many(original, raw)
         if not unsafe:
             _check_registration(self(), shape, dtype)
-            self._stepped = ()  # the check is no training step
 
     def _raw_for(self, value: Tensor) -> Tensor | Sequence[Any]:
         """The right inverse of `value`, where a missing one is taken for the identity."""
@@ -175,63 +173,18 @@ class ParametrizationList(nn.ModuleList):
 
     def forward(self) -> Tensor:
         """Compute the value from the raw tensors."""
-        if _private.is_scripting():
+        if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
             raise RuntimeError("Parametrization is not working with scripting.")
-        raw = args = self.raw()
-        evolves = False
-        for part in self._parts():
-            call: Any = part
-            if isinstance(part, TransformModule):
-                args = _private.whole(args)
-                if part.evolves and part.training:
-                    evolves = True
-                    if self._was_stepped(raw):
-                        call = part.again
-            args = (call(*args),)
-        (value,) = args
-        if evolves:
-            self._remember(raw)
-            self._expect_training(value)
+        first, *rest = self._parts()
+        value = first(*self.raw())
+        for part in rest:
+            value = part(value)
         return value
 
     def raw(self) -> tuple[Any, ...]:
         """The raw tensors in order."""
         found = self._parameters  # nn.Module.__getattr__ is slow
         return tuple([found[n] if n in found else getattr(self, n) for n in self.raw_names])
-
-    def _was_stepped(self, raw: tuple[Any, ...]) -> bool:
-        """Whether what evolves took its step for these raw tensors.
-
-        A step is due once for each change of raw, not for each read: when raw was written to, or
-        a gradient came through the value, since fused optimizers do not count what they write. In
-        a trace no version can be read, and under a `torch.func` transform nothing can be
-        remembered: each read is a step.
-        """
-        if torch.compiler.is_compiling() or len(self._stepped) != len(raw):
-            return False
-        if not all(isinstance(tensor, Tensor) and _private.is_plain(tensor) for tensor in raw):
-            return False
-        return all(
-            seen() is tensor and (pointer, version) == (tensor.data_ptr(), _private.version(tensor))
-            for (seen, pointer, version), tensor in zip(self._stepped, raw, strict=True)
-        )
-
-    def _remember(self, raw: tuple[Any, ...]) -> None:
-        """What evolves took its step for these raw tensors."""
-        if torch.compiler.is_compiling() or self._was_stepped(raw):
-            return
-        if all(isinstance(tensor, Tensor) and _private.is_plain(tensor) for tensor in raw):
-            self._stepped = tuple((ref(x), x.data_ptr(), _private.version(x)) for x in raw)
-
-    def _expect_training(self, value: Tensor) -> None:
-        """After a backward through `value` the next step is due."""
-        if torch.compiler.is_compiling() or not _private.is_plain(value):
-            return
-        if value.grad_fn is not None:
-            value.register_hook(self._forget_step)
-
-    def _forget_step(self, _: Tensor) -> None:
-        self._stepped = ()
 
     def _parts(self) -> list[nn.Module]:
         return [part for key, part in self._modules.items() if key.isdigit()]

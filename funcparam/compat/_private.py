@@ -6,7 +6,8 @@ import copyreg
 import importlib
 import sys
 from collections.abc import Callable
-from types import FunctionType
+from enum import Enum
+from types import FrameType, FunctionType
 from typing import Any, TypeVar, cast
 from uuid import uuid4
 
@@ -46,10 +47,17 @@ _PARTS = tuple(
     for name in ("_WeightNorm", "_SpectralNorm", "_Orthogonal")
 )
 
+# What code that looks into parametrizations asks for, and subclasses.
+TorchOrthogonal, TorchSpectralNorm, TorchWeightNorm = (
+    cast("type[nn.Module]", _find(f"torch.nn.utils.parametrizations.{name}"))
+    for name in ("_Orthogonal", "_SpectralNorm", "_WeightNorm")
+)
+ORTHOGONAL_MAPS = cast("type[Enum]", _find("torch.nn.utils.parametrizations._OrthMaps"))
 
-def is_scripting() -> bool:
-    """Whether TorchScript compiles this."""
-    return bool(torch.jit.is_scripting())  # pyright: ignore[reportPrivateImportUsage]
+
+def unscripted(forward: Function) -> Function:
+    """`torch.jit.unused`: TorchScript leaves it alone."""
+    return cast("Function", torch.jit.unused(forward))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def is_jit_tracing() -> bool:
@@ -106,18 +114,24 @@ def slot_names(cls: type) -> list[str]:
     return cast("list[str]", getattr(copyreg, "_slotnames")(cls) or [])  # noqa: B009
 
 
-def value_in_exchange(depth: int) -> object | None:
-    """What `torch.func.functional_call` takes out, if it is what assigns to an attribute.
+def exchange(depth: int) -> FrameType | None:
+    """The call of `torch.func.functional_call` that assigns to an attribute; None if it is not one.
 
-    It swaps by reading the attribute and then assigning to it; the frame that does knows what
-    was read. None if the caller at `depth` is anything else.
+    It puts values in and takes them out again by assignments, both from one and the same frame.
+
+    Args:
+        depth: how far up the assignment was made.
     """
     frame = sys._getframe(depth + 1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None and frame.f_code.co_name == "__setattr__":
         frame = frame.f_back
     if _SWAP is _MISSING or frame is None or frame.f_code is not _SWAP.__code__:
         return None
-    return frame.f_locals.get("orig_tensor")
+    while frame is not None and frame.f_code.co_filename == _SWAP.__code__.co_filename:
+        frame = frame.f_back
+    if frame is not None and frame.f_code.co_name == "_swap_state":  # functorch.make_functional
+        frame = frame.f_back
+    return frame
 
 
 def is_traced_exchange() -> bool:
@@ -162,15 +176,6 @@ def whole(raw: tuple[Any, ...]) -> tuple[Any, ...]:
         if hasattr(tensor, "full_tensor"):
             return tuple(x.full_tensor() if hasattr(x, "full_tensor") else x for x in raw)
     return raw
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is a tensor with a version, outside of all transforms and traces."""
-    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
-        return False
-    if tensor.is_meta or tensor.layout is not torch.strided:
-        return False
-    return not tensor.is_inference() and torch.func.debug_unwrap(tensor) is tensor
 
 
 def version(tensor: Tensor) -> int:

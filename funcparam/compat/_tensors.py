@@ -20,13 +20,16 @@ def register(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def put(dest: Tensor, src: Tensor) -> None:
     """Give `dest` the data of `src` and let it be the same object, which optimizers know."""
+    if dest is src:
+        return
     wrapper = _private.is_wrapper_subclass(dest)
     if not wrapper and not torch.__future__.get_swap_module_params_on_conversion():
         dest.set_(src)  # pyright: ignore[reportArgumentType]
         return
-    new = src
-    if isinstance(dest, nn.Parameter) and not isinstance(src, nn.Parameter):
-        new = nn.Parameter(src, requires_grad=dest.requires_grad)
+    # an object of its own: what is swapped loses its data, and `src` may be a part of it
+    new = src.detach()
+    if isinstance(dest, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=dest.requires_grad)
     try:
         torch.utils.swap_tensors(dest, new)
     except RuntimeError:  # a compiler, for one, holds weak references to what it has traced

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,62 +12,73 @@ from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 
 from funcparam.compat import _private
 from funcparam.compat._adapter import TransformModule
-from funcparam.compat.parametrizations import OrthogonalModule, WeightNormModule
+from funcparam.compat._private import ORTHOGONAL_MAPS
+from funcparam.compat.parametrizations import (
+    OrthogonalModule,
+    SpectralNormModule,
+    WeightNormModule,
+    signs_of,
+)
 from funcparam.transforms import AnyTransform, Orthogonal, SpectralNorm, WeightNorm
 
 Direct = tuple[AnyTransform, Any, dict[str, Tensor]]  # a transform with its raw and state
 
-_TORCH_MAPS = ("matrix_exp", "cayley", "householder")
+_OURS = (
+    (WeightNormModule, "weight"),
+    (SpectralNormModule, "spectral"),
+    (OrthogonalModule, "orthogonal"),
+)
 
 
 def is_weight_norm(part: nn.Module) -> bool:
     """Whether `parametrizations.weight_norm` made it, torch's or compat's."""
-    return isinstance(part, WeightNormModule) or _private.torchs_part(part) == "weight"
+    return _kind(part) == "weight"
 
 
 def is_spectral_norm(part: nn.Module) -> bool:
-    """Whether `parametrizations.spectral_norm` made it, torch's or compat's."""
+    """Whether `parametrizations.spectral_norm` made it, torch's or compat's, or a transform."""
     ours = isinstance(part, TransformModule) and isinstance(part.transform, SpectralNorm)
-    return ours or _private.torchs_part(part) == "spectral"
+    return ours or _kind(part) == "spectral"
 
 
-def from_torch_names(part: nn.Module, raws: tuple[Tensor, ...]) -> Direct | None:
+def _kind(part: nn.Module) -> str | None:
+    """What kind of torch's own parametrizations it is; a subclass may compute anything."""
+    return next((kind for cls, kind in _OURS if type(part) is cls), _private.torchs_part(part))
+
+
+def from_torch_names(part: Any, raws: tuple[Tensor, ...]) -> Direct | None:
     """The transform in `part` with its raw and state; None if `part` does more than that."""
-    kind = _private.torchs_part(part)
-    if kind is not None:
-        return _from_torchs(kind, cast("Any", part), raws)
-    if not isinstance(part, TransformModule):
-        return None
-    transform, raw = part.transform, part.named(raws)
-    if isinstance(part, WeightNormModule):
-        return _weight_norm(part.dim, *raws)
-    if isinstance(part, OrthogonalModule) and part.householder:
-        signs = part.signs(raw)
-        if not part.trivialized:
-            return transform, raw, {"signs": signs}
-        if bool((signs < 0).any()):  # a sign that was turned in raw is beyond the transform
-            return None
-    return transform, raw, part.state()
-
-
-def _from_torchs(kind: str, part: Any, raws: tuple[Tensor, ...]) -> Direct | None:
-    """What torch's own module computes, where a transform does."""
+    if type(part) is TransformModule:
+        return part.transform, part.named(raws), part.state()
+    kind = _kind(part)
     if kind == "weight":
         return _weight_norm(part.dim, *raws)
-    (X,) = raws
-    if kind == "spectral":
-        if X.ndim == 1:
-            return SpectralNorm(eps=part.eps), X, {}
-        transform = SpectralNorm(part.dim, part.n_power_iterations, part.eps)
-        return transform, X, {"u": part._u, "v": part._v}
-    name, base = part.orthogonal_map.name, getattr(part, "base", None)
+    if kind == "orthogonal":
+        return _orthogonal(part, raws[0])
+    if kind is None:
+        return None
+    if raws[0].ndim == 1:
+        return SpectralNorm(eps=part.eps), raws[0], {}
+    transform = SpectralNorm(part.dim, part.n_power_iterations, part.eps)
+    return transform, raws[0], {"u": part._u, "v": part._v}
+
+
+def _orthogonal(part: Any, X: Tensor) -> Direct | None:
+    name, based = part.orthogonal_map.name, hasattr(part, "base")
+    if based and part.base is None:
+        return None
+    transform, state = Orthogonal(name, based), {"base": part.base} if based else {}
     if name == "householder":
         diagonal = X.detach().diagonal(dim1=-2, dim2=-1)
-        if bool((diagonal.int().abs() != 1).any()):  # torch multiplies by it, cut to integers
-            return None
-    ours = OrthogonalModule(Orthogonal(name, hasattr(part, "base")), X.shape)
-    ours.base = base
-    return None if ours.trivialized and base is None else from_torch_names(ours, raws)
+        torchs = type(part) is not OrthogonalModule
+        if torchs and bool((diagonal.int().abs() != 1).any()):
+            return None  # torch multiplies by it, cut to integers
+        signs = signs_of(X)
+        if not based:
+            state = {"signs": signs}
+        elif bool((signs < 0).any()):
+            return None  # a sign that was turned in raw is beyond the transform
+    return transform, X, state
 
 
 def from_hook(hook: WeightNormHook | SpectralNormHook, module: nn.Module) -> Direct:
@@ -108,21 +119,35 @@ def with_torch_names(
         whole = transform.dim is None
         raws = magnitude.reshape(()) if whole else magnitude, raw["direction"]
         return WeightNormModule(transform.dim), raws
-    if isinstance(transform, Orthogonal) and transform.map in _TORCH_MAPS:
-        part = OrthogonalModule(transform, raw.shape)
-        if "signs" in state:
-            return part, (_with_signs(part, raw, state["signs"]),)
-    elif isinstance(transform, SpectralNorm) and state:
-        part = TransformModule(transform, {"u": "_u", "v": "_v"})
-    else:
-        part = TransformModule(transform)
+    if isinstance(transform, Orthogonal) and transform.map in ORTHOGONAL_MAPS.__members__:
+        return _to_orthogonal(transform, raw, state)
+    if isinstance(transform, SpectralNorm) and state:
+        # on the meta device nothing is drawn
+        iterations = transform.n_power_iterations or 1
+        part = SpectralNormModule(raw.to("meta"), iterations, transform.dim, transform.eps)
+        for key, vector in state.items():
+            part.register_buffer(f"_{key}", vector)
+        return part, (raw,)
+    part = TransformModule(transform)
     part.take(raw, state)
     return part, (raw,) if isinstance(raw, Tensor) else tuple(raw.values())
 
 
-def _with_signs(part: OrthogonalModule, raw: Tensor, signs: Tensor) -> Tensor:
+def _to_orthogonal(
+    transform: Orthogonal, raw: Tensor, state: dict[str, Tensor]
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    known = ORTHOGONAL_MAPS[transform.map]
+    part = OrthogonalModule(raw, known, use_trivialization=transform.trivialize)
+    if transform.trivialize:
+        part.base = state["base"]
+    if "signs" in state:
+        raw = _with_signs(raw, state["signs"])
+    return part, (raw,)
+
+
+def _with_signs(raw: Tensor, signs: Tensor) -> Tensor:
     """`raw` with a diagonal that stands for `signs`, where it does not already."""
     kept = raw.diagonal(dim1=-2, dim2=-1)
-    right = torch.where(part.signs(raw) == signs, kept, -signs)
+    right = torch.where(signs_of(raw) == signs, kept, -signs)
     raw.diagonal(dim1=-2, dim2=-1).copy_(right)
     return raw

@@ -2,60 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from funcparam.compat._adapter import TransformModule
+from funcparam.compat import _private
+from funcparam.compat._adapter import steps, write
 from funcparam.compat.parametrize import register_parametrization
 from funcparam.transforms import Orthogonal, SpectralNorm, WeightNorm
 
 __all__ = ["orthogonal", "spectral_norm", "weight_norm"]
 
-_MAPS = ("matrix_exp", "cayley", "householder")
 
-
-class OrthogonalModule(TransformModule):
+class _Orthogonal(_private.TorchOrthogonal):
     """Orthogonal, with raw as in torch's checkpoints: the diagonal of a raw matrix is sign only."""
 
-    base: Tensor | None
+    if TYPE_CHECKING:
+        orthogonal_map: Enum
+        shape: torch.Size
+        base: Tensor | None
 
-    def __init__(self, transform: Orthogonal, shape: torch.Size) -> None:
-        super().__init__(transform, {"base": "base"} if transform.trivialize else None)
-        self.shape = shape
-        self.householder = transform.map == "householder"
-        self.trivialized = transform.trivialize
-        self.register_buffer("base", None)
+    def __init__(
+        self, weight: Tensor, orthogonal_map: Any, *, use_trivialization: bool = True
+    ) -> None:
+        super().__init__(weight, orthogonal_map, use_trivialization=use_trivialization)
+        name = orthogonal_map.name
+        self.based, self.free = Orthogonal(name), Orthogonal(name, trivialize=False)
 
-    def forward(self, *raw: Tensor) -> Tensor:
+    @_private.unscripted
+    def forward(self, X: Tensor) -> Tensor:
         """Map raw to an orthogonal matrix."""
-        (X,) = raw
-        if not self.householder:
-            return self._map().forward(X, self.state())
-        signs = self.signs(X)
-        if self.base is None:
-            return self._map().forward(X, {"signs": signs})
-        Q = self.transform.forward(X, self.state())
-        wide = X.shape[-2] < X.shape[-1]
-        return Q * signs.unsqueeze(-1 if wide else -2)
-
-    again = forward
-
-    def _map(self) -> Orthogonal:
-        """Without a base point as long as nothing was assigned: added to a chain, for example."""
-        transform = cast("Orthogonal", self.transform)
-        return transform if self.base is not None else Orthogonal(transform.map, trivialize=False)
-
-    @property
-    def orthogonal_map(self) -> str:
-        return cast("Orthogonal", self.transform).map
-
-    @staticmethod
-    def signs(X: Tensor) -> Tensor:
-        """The column signs that the diagonal of torch's raw matrix stands for."""
-        return torch.where(X.detach().diagonal(dim1=-2, dim2=-1) > 0, -1, 1).to(X.dtype)
+        (raw,) = _private.whole((X,))
+        base = getattr(self, "base", None)  # none as long as nothing was assigned: in a chain
+        signs = signs_of(raw) if self.orthogonal_map.name == "householder" else None
+        if base is None:
+            return self.free.forward(raw, {} if signs is None else {"signs": signs})
+        Q = self.based.forward(raw, {"base": base})
+        wide = Q.shape[-2] < Q.shape[-1]
+        return Q if signs is None else Q * signs.unsqueeze(-1 if wide else -2)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Raw and base point for an orthogonal `value`; of any other, its Q factor."""
@@ -65,16 +51,16 @@ class OrthogonalModule(TransformModule):
                 f"Got a tensor of shape {value.shape}."
             )
         value = value.detach()
-        if self.trivialized:
+        if hasattr(self, "base"):
             self.base = self._base_for(value)
             return _with_diagonal(torch.zeros_like(value), -1)
-        if not self.householder:
+        if self.orthogonal_map.name != "householder":
             raise NotImplementedError(
                 "It is not possible to assign to the matrix exponential "
                 "or the Cayley parametrizations when use_trivialization=False."
             )
-        raw, state = self.transform.right_inverse(value)
-        return _with_diagonal(cast("Tensor", raw), -state["signs"])
+        raw, state = self.free.right_inverse(value)
+        return _with_diagonal(raw, -state["signs"])
 
     def _base_for(self, value: Tensor) -> Tensor:
         """The Q factor of `value` and of a random complement, drawn as torch does."""
@@ -85,7 +71,12 @@ class OrthogonalModule(TransformModule):
                 *tall.shape[:-2], n, n - k, dtype=value.dtype, device=value.device
             )
             tall = torch.cat([tall, complement], dim=-1)
-        return self.transform.right_inverse(tall)[1]["base"]
+        return self.based.right_inverse(tall)[1]["base"]
+
+
+def signs_of(X: Tensor) -> Tensor:
+    """The column signs that the diagonal of torch's raw matrix stands for."""
+    return torch.where(X.detach().diagonal(dim1=-2, dim2=-1) > 0, -1, 1).to(X.dtype)
 
 
 def _with_diagonal(matrix: Tensor, entries: Any) -> Tensor:
@@ -129,38 +120,38 @@ def orthogonal(
     if orthogonal_map is None:
         square = weight.shape[-2] == weight.shape[-1]
         orthogonal_map = "matrix_exp" if square or weight.is_complex() else "householder"
-    if orthogonal_map not in _MAPS:
+    known = _private.ORTHOGONAL_MAPS.__members__.get(orthogonal_map)
+    if known is None:
         raise ValueError(
             'orthogonal_map has to be one of "matrix_exp", "cayley", "householder". '
             f"Got: {orthogonal_map}"
         )
-    if weight.is_complex() and orthogonal_map == "householder":
-        raise ValueError("The householder parametrization does not support complex tensors.")
-    part = OrthogonalModule(Orthogonal(orthogonal_map, use_trivialization), weight.shape)
+    part = _Orthogonal(weight, known, use_trivialization=use_trivialization)
     return register_parametrization(module, name, part, unsafe=True)
 
 
-class WeightNormModule(TransformModule):
+class _WeightNorm(_private.TorchWeightNorm):
     """WeightNorm, with a magnitude of no dimension where there is one for the whole tensor."""
 
-    def __init__(self, dim: int | None) -> None:
-        super().__init__(WeightNorm(dim), raw_names=("magnitude", "direction"))
+    raw_names = ("magnitude", "direction")
 
-    def forward(self, *raw: Tensor) -> Tensor:
+    if TYPE_CHECKING:
+        dim: int
+
+    def __init__(self, dim: int | None = 0) -> None:
+        super().__init__(dim)
+        self.transform = WeightNorm(None if self.dim == -1 else self.dim)
+
+    @_private.unscripted
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         """Map magnitude and direction to the value."""
-        magnitude, direction = raw
+        magnitude, direction = _private.whole((weight_g, weight_v))
         return self.transform.forward({"magnitude": magnitude, "direction": direction}, {})
 
-    @property
-    def dim(self) -> int:
-        dim = cast("WeightNorm", self.transform).dim
-        return -1 if dim is None else dim
-
-    def right_inverse(self, value: Tensor) -> tuple[Tensor, ...]:
-        """Magnitude and direction; the direction is `value` itself where it has one."""
-        magnitude = cast("Any", self.transform).right_inverse(value.detach())[0]["magnitude"]
-        scalar = cast("WeightNorm", self.transform).dim is None
-        return magnitude.reshape(()) if scalar else magnitude, value
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Magnitude and direction; the direction is `weight` itself where it has one."""
+        magnitude = self.transform.right_inverse(weight.detach())[0]["magnitude"]
+        return magnitude.reshape(()) if self.transform.dim is None else magnitude, weight
 
     def rename_legacy_keys(self, state_dict: dict[str, Any], prefix: str, name: str) -> None:
         """Take `weight_g` and `weight_v` of a checkpoint for `original0` and `original1`."""
@@ -191,40 +182,53 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
             "Dimension out of range (expected to be in range of "
             f"[-{ndim}, {ndim - 1}], but got {dim})"
         )
-    part = WeightNormModule(None if dim == -1 else dim)
-    return register_parametrization(module, name, part, unsafe=True)
+    return register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
 
 
-class _SpectralNorm(TransformModule):
-    """SpectralNorm, started as torch does: random vectors and fifteen iterations."""
+class _SpectralNorm(_private.TorchSpectralNorm):
+    """SpectralNorm, started as torch does: random vectors and fifteen iterations.
 
-    def __init__(self, weight: Tensor, transform: SpectralNorm) -> None:
-        super().__init__(transform, {"u": "_u", "v": "_v"} if weight.ndim > 1 else None)
-        if weight.ndim > 1:
-            matrix = weight.detach().movedim(transform.dim, 0).flatten(1)
-            # drawn like torch's, so that a seed gives the same numbers
-            state = {
-                key: normalize(matrix.new_empty(size).normal_(), dim=0, eps=transform.eps)
-                for key, size in zip("uv", matrix.shape, strict=True)
-            }
-            warm_up = SpectralNorm(transform.dim, 15, transform.eps)
-            self._replace(warm_up.update(weight.detach(), state))
+    A subclass may have a `_power_method` of its own, which writes to `_u` and `_v` as torch's.
+    """
 
-    @property
-    def n_power_iterations(self) -> int:
-        return cast("Any", self.transform).n_power_iterations
+    if TYPE_CHECKING:
+        dim: int
+        eps: float
+        n_power_iterations: int
+        _u: Tensor
+        _v: Tensor
 
-    @property
-    def eps(self) -> float:
-        return cast("Any", self.transform).eps
+        def _reshape_weight_to_matrix(self, weight: Tensor) -> Tensor: ...
 
-    @property
-    def dim(self) -> int:
-        return cast("Any", self.transform).dim
+    @_private.unscripted
+    def forward(self, weight: Tensor) -> Tensor:
+        """Divide by the largest singular value, after one step of what evolves if training."""
+        (weight,) = _private.whole((weight,))
+        if weight.ndim == 1:
+            return SpectralNorm(eps=self.eps).forward(weight, {})
+        vectors = None
+        if steps(self):
+            matrix = self._reshape_weight_to_matrix(weight)
+            vectors = self._power_method(matrix, self.n_power_iterations)
+        # clones, since backward keeps them and the next step writes to the buffers
+        u, v = vectors or (self._u.clone(), self._v.clone())
+        return SpectralNorm(self.dim, eps=self.eps).forward(weight, {"u": u, "v": v})
 
-    def right_inverse(self, value: Tensor) -> Tensor:
-        """The identity: `value` is taken to satisfy the constraint."""
-        return value
+    def _power_method(
+        self, weight_mat: Tensor, n_power_iterations: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Iterate, write the vectors to the buffers, and return them."""
+        transform = SpectralNorm(0, n_power_iterations, self.eps)
+        new = transform.update(weight_mat, {"u": self._u, "v": self._v})
+        write(self._u, new["u"])
+        write(self._v, new["v"])
+        return new["u"], new["v"]
+
+
+# Under their names in torch they are private; to the rest of compat they are not.
+OrthogonalModule = _Orthogonal
+WeightNormModule = _WeightNorm
+SpectralNormModule = _SpectralNorm
 
 
 def spectral_norm(
@@ -236,8 +240,8 @@ def spectral_norm(
 ) -> nn.Module:
     """Divide a weight by its largest singular value, which power iteration tracks.
 
-    In training mode the iteration takes a step when the weight is first read after its raw
-    tensor changed; further reads use the same vectors.
+    In training mode the iteration takes a step at each read of the weight, as in torch; within
+    [`cached`][funcparam.compat.parametrize.cached] the weight is read once.
 
     Args:
         module: the module; it is changed and returned.
@@ -261,17 +265,7 @@ def spectral_norm(
     if dim is None:
         transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
         dim = 1 if isinstance(module, transposed) else 0
-    if not -weight.ndim <= dim < weight.ndim:
-        raise IndexError(
-            "Dimension out of range (expected to be in range of "
-            f"[-{weight.ndim}, {weight.ndim - 1}] but got {dim})"
-        )
-    if n_power_iterations <= 0:
-        raise ValueError(
-            "Expected n_power_iterations to be positive, but "
-            f"got n_power_iterations={n_power_iterations}"
-        )
-    part = _SpectralNorm(weight, SpectralNorm(dim % weight.ndim, n_power_iterations, eps))
+    part = _SpectralNorm(weight, n_power_iterations, dim, eps)
     return register_parametrization(module, name, part)
 
 

@@ -151,6 +151,7 @@ def test_averaged_models(function):
         for parameter in layer.parameters():
             parameter.add_(torch.randn_like(parameter))
     averaged.update_parameters(layer)
+    averaged.eval()
     before = averaged.module.weight.detach().clone()
     api.remove_parametrizations(layer, "weight")
     assert_close(averaged.module.weight.detach(), before)
