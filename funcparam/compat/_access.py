@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from funcparam.compat import _cache, _private
+from funcparam.compat._readings import READINGS
+from funcparam.compat._tensors import Values, all_or_nothing
 
 # What a module carries for the time of a call only; a copy made meanwhile does without.
 PASSING = ("_funcparam_exchanged", "_funcparam_resetting")
@@ -41,9 +43,12 @@ def read(module: nn.Module, name: str) -> Tensor:
         resetting = own[_RESETTING]
         if name in resetting:
             return resetting[name][0]
-    value = _cache.evaluate(own["_modules"]["parametrizations"]._modules[name])
+    held = cast("Any", _list(module, name))
+    value = _cache.evaluate(held)
     if resetting is not None:
         resetting[name] = value, _private.version(value)
+    elif READINGS.wanted and not torch.compiler.is_compiling():
+        READINGS.add(value, module, name, besides=held.raw())
     return value
 
 
@@ -102,15 +107,28 @@ def writing_back(module: nn.Module) -> Generator[None]:
     if _RESETTING in module.__dict__:  # reset_parameters that calls the other one
         yield
         return
+    before = Values([*module.parameters(), *module.buffers()])
     values: dict[str, tuple[Tensor, int]] = {}
     module.__dict__[_RESETTING] = values
     try:
-        yield
-    finally:
-        del module.__dict__[_RESETTING]
-    for name, (value, version) in values.items():
-        if _private.version(value) != version:
-            cast("Any", _list(module, name)).right_inverse(value.detach())
+        try:
+            yield
+        finally:
+            del module.__dict__[_RESETTING]
+        written = {n: x for n, (x, version) in values.items() if _private.version(x) != version}
+        initialise(module, written)
+    except BaseException:
+        before.put_back()
+        raise
+
+
+def initialise(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Set raw to the right inverse of values that were drawn, and what evolves to what fits."""
+    lists = {name: cast("Any", _list(module, name)) for name in values}
+    parts = [part for held in lists.values() for part in held.modules()]
+    with all_or_nothing(parts, [x for held in lists.values() for x in held.tensors()]):
+        for name, held in lists.items():
+            held.initialise(values[name].detach())
 
 
 def _list(module: nn.Module, name: str) -> nn.Module:

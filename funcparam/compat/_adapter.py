@@ -52,8 +52,7 @@ class TransformModule(nn.Module):
             # backward keeps what the value came from, and the next step writes to the buffers
             return {key: tensor.clone() for key, tensor in state.items()}
         new = updated(self.transform, raw, state)
-        for key, buffer in state.items():
-            write(buffer, new[key])
+        write(state, new)
         return new
 
     def right_inverse(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -103,15 +102,16 @@ def steps(part: nn.Module) -> bool:
     return part.training and not is_in_backward()
 
 
-def write(buffer: Tensor, new: Tensor) -> None:
-    """Write new state into a buffer, in place: replicas and checkpoints share it.
+def write(buffers: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Write new state into the buffers, in place: replicas and checkpoints share them.
 
     Under `vmap` or `grad` over raw alone the new state belongs to the transform and has no
     place in a buffer outside of it; it served this call and is dropped.
     """
-    if new is not buffer and not _escapes(new, buffer):
-        with torch.no_grad():
-            buffer.copy_(new)
+    with torch.no_grad():
+        for key, buffer in buffers.items():
+            if new[key] is not buffer and not _escapes(new[key], buffer):
+                buffer.copy_(new[key])
 
 
 class FunctionModule(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 import funcparam as fp
 from funcparam.compat import _private
 from funcparam.compat._legacy import Legacy, Specs
+from funcparam.compat._tensors import register
 from funcparam.compat._torch_names import from_hook, from_torch_names, with_torch_names
 from funcparam.compat.hooks import remove_spectral_norm, remove_weight_norm
 from funcparam.compat.parametrize import (
@@ -118,6 +119,7 @@ def to_stateful(
         held = _register(module, name, [part.train(module.training) for part in parts], raws)
         for alias in entry.names[1:]:
             _register(module, alias, parts, raws)
+            cast("Any", held).shared = True
             owner, _, local = alias.rpartition(".")
             cast("Any", module.get_submodule(owner).parametrizations)[local] = held
     return module
@@ -217,11 +219,20 @@ def _register(
 ) -> nn.Module:
     prefix, _, name = path.rpartition(".")
     owner = module.get_submodule(prefix)
+    _untie(owner, name)
     register_parametrization(owner, name, _Given(raws), unsafe=True)
     held = cast("nn.ModuleList", cast("Any", owner.parametrizations)[name])
     held[0] = parts[0]
     held.extend(parts[1:])
     return held
+
+
+def _untie(owner: nn.Module, name: str) -> None:
+    """Let a tensor be another one of the same shape and kind; raw and value are given."""
+    tensor = getattr(owner, name)
+    other = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    delattr(owner, name)
+    register(owner, name, nn.Parameter(other) if isinstance(tensor, nn.Parameter) else other)
 
 
 def _modules(

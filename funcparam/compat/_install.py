@@ -10,7 +10,8 @@ from typing import Any
 import torch.nn.utils.parametrizations
 import torch.nn.utils.parametrize
 
-from funcparam.compat import hooks, parametrizations, parametrize
+from funcparam.compat import _initial, hooks, parametrizations, parametrize
+from funcparam.compat._readings import READINGS
 
 _HOOKS = (hooks.WeightNormHook, hooks.SpectralNormHook)
 _ORIGINALS = types.SimpleNamespace(depth=0, pairs=())
@@ -41,6 +42,7 @@ def install() -> None:
         for hook in _HOOKS:
             setattr(hook, "__setstate__", hooks.mended)  # noqa: B010
         _warn_of_earlier_imports()
+        READINGS.wanted = True
     _ORIGINALS.depth += 1
 
 
@@ -59,6 +61,7 @@ def uninstall() -> None:
         for hook in _HOOKS:
             delattr(hook, "__setstate__")
         _ORIGINALS.pairs = ()
+        READINGS.wanted = False
 
 
 @contextmanager
@@ -80,6 +83,7 @@ def _pairs() -> Iterator[tuple[str, Any, Any]]:
     ):
         name = kind.__name__
         yield name, getattr(torch.nn.utils.parametrizations, name), kind
+    yield from _initial.functions()
     for theirs, ours in (
         (torch.nn.utils.parametrize, parametrize),
         (torch.nn.utils.parametrizations, parametrizations),

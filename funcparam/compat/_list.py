@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from funcparam.compat import _private
 from funcparam.compat._adapter import as_module
-from funcparam.compat._tensors import put, register
+from funcparam.compat._tensors import all_or_nothing, put, register
 
 
 class ParametrizationList(nn.ModuleList):
@@ -30,8 +30,10 @@ class ParametrizationList(nn.ModuleList):
         original: Tensor
         unsafe: bool
         is_tensor: bool
+        moved: bool  # whether raw is anything but the tensor as it was
         ntensors: int
         raw_names: tuple[str, ...]
+        shared: bool  # whether the list of another module has the same raw tensors
         before: str | None  # which of several raw tensors was there before
 
     def __init__(
@@ -44,12 +46,13 @@ class ParametrizationList(nn.ModuleList):
             raise ValueError("ParametrizationList requires one or more modules.")
         super().__init__([as_module(module) for module in modules])
         # past nn.Module.__setattr__, which takes most of the time of a registration
-        vars(self).update(unsafe=unsafe, before=None)
+        vars(self).update(unsafe=unsafe, before=None, shared=False)
         shape, dtype = original.shape, original.dtype
         raw = self._raw_for(original)
         is_tensor = isinstance(raw, Tensor)
+        moved = raw is not original
         names = ("original",) if is_tensor else tuple(f"original{i}" for i in range(len(raw)))
-        vars(self).update(is_tensor=is_tensor, ntensors=len(names), raw_names=names)
+        vars(self).update(is_tensor=is_tensor, moved=moved, ntensors=len(names), raw_names=names)
         if isinstance(raw, Tensor):
             self._hold_one(original, raw)
         else:
@@ -97,7 +100,7 @@ class ParametrizationList(nn.ModuleList):
                     )
                 setattr(self, name, element)
             elif isinstance(element, Tensor):
-                register(self, name, _like(original, element))
+                register(self, name, like(original, element))
                 if element is original:
                     self.before = name
             else:
@@ -115,7 +118,7 @@ class ParametrizationList(nn.ModuleList):
             ValueError: what it returns does not fit the raw tensors.
         """
         raw: Any = value
-        with torch.no_grad():
+        with torch.no_grad(), all_or_nothing(self.modules(), self.tensors()):
             for part in reversed(self._parts()):
                 if not hasattr(part, "right_inverse"):
                     raise RuntimeError(
@@ -126,6 +129,17 @@ class ParametrizationList(nn.ModuleList):
                 self._set_one(raw)
             else:
                 self._set_many(raw)
+
+    def initialise(self, value: Tensor) -> None:
+        """As `right_inverse`; power iterations start from the singular vectors of their raw."""
+        self.right_inverse(value)
+        args = self.raw()
+        with torch.no_grad():
+            for part in self._parts():
+                restart = getattr(part, "restart", None)
+                if restart is not None:
+                    restart(*args)
+                args = (part(*args),)
 
     def _set_one(self, raw: Any) -> None:
         if not isinstance(raw, Tensor):
@@ -186,11 +200,15 @@ class ParametrizationList(nn.ModuleList):
         found = self._parameters  # nn.Module.__getattr__ is slow
         return tuple([found[n] if n in found else getattr(self, n) for n in self.raw_names])
 
+    def tensors(self) -> list[Tensor]:
+        """The raw tensors without those that are none."""
+        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
+
     def _parts(self) -> list[nn.Module]:
         return [part for key, part in self._modules.items() if key.isdigit()]
 
 
-def _like(original: Tensor, element: Tensor) -> Tensor:
+def like(original: Tensor, element: Tensor) -> Tensor:
     """`element` as a parameter if `original` is one; an optimizer that knows it keeps it."""
     if element is original:
         return original

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,37 +39,46 @@ def put(dest: Tensor, src: Tensor) -> None:
 
 
 @contextmanager
-def all_or_nothing(module: nn.Module, *tensors: Tensor) -> Generator[None]:
-    """Leave the module as it was if the block fails: class, hooks, tables and `tensors`.
+def all_or_nothing(modules: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) -> Generator[None]:
+    """Leave everything as it was if the block fails.
 
-    Everything that lies under `module.parametrizations` belongs to it.
+    Args:
+        modules: their classes, attributes, hooks and tables, and what is in their buffers.
+        tensors: what the block may give other data.
     """
-    before = [(part, _Snapshot(part)) for part in _parts(module)]
-    evolving = [t for part, _ in before if getattr(part, "evolves", False) for t in part.buffers()]
-    copies = [(buffer, buffer.clone()) for buffer in evolving]
-    aliases = [(tensor, tensor.detach()) for tensor in tensors]
+    before = [(part, _Snapshot(part)) for part in modules]
+    written = Values(x for part, _ in before for x in part.buffers(recurse=False))
+    held = [(tensor, tensor.detach(), tensor.grad) for tensor in tensors]
     try:
         yield
     except BaseException:
         for part, snapshot in before:
             snapshot.restore(part)
-        for tensor, alias in aliases:
-            _restore(tensor, alias)
-        with torch.no_grad():
-            for buffer, copy in copies:
-                buffer.copy_(copy)
+        for tensor, alias, grad in held:
+            _restore(tensor, alias, grad)
+        written.put_back()
         raise
+
+
+class Values:
+    """What is in some tensors now, to be written back into them."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            for tensor, copy in self._copies:
+                tensor.copy_(copy)
 
 
 @contextmanager
 def state_kept(parts: nn.Module) -> Generator[None]:
     """Put the buffers of `parts` back at the end, as they were."""
     before = [(part, dict(vars(part)["_buffers"])) for part in parts.modules()]
-    copies = [(x, x.clone()) for _, own in before for x in own.values() if x is not None]
+    values = Values(parts.buffers())
     yield
-    with torch.no_grad():
-        for buffer, copy in copies:
-            buffer.copy_(copy)
+    values.put_back()
     for part, own in before:
         vars(part)["_buffers"].update(own)
 
@@ -96,16 +105,11 @@ class _Snapshot:
             table.update(copy)
 
 
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
-    parametrizations = vars(module)["_modules"].get("parametrizations")
-    if parametrizations is not None:
-        yield from parametrizations.modules()
-
-
-def _restore(tensor: Tensor, alias: Tensor) -> None:
+def _restore(tensor: Tensor, alias: Tensor, grad: Tensor | None) -> None:
     with torch.no_grad():
         if _private.is_wrapper_subclass(tensor) or tensor.untyped_storage().data_ptr() != (
             alias.untyped_storage().data_ptr()
         ):
             put(tensor, alias)
+    if tensor.grad is not grad:  # swapped away
+        tensor.grad = grad

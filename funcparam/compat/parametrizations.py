@@ -127,6 +127,7 @@ def orthogonal(
             f"Got: {orthogonal_map}"
         )
     part = _Orthogonal(weight, known, use_trivialization=use_trivialization)
+    del weight  # whoever holds it could be a tie
     return register_parametrization(module, name, part, unsafe=True)
 
 
@@ -218,11 +219,17 @@ class _SpectralNorm(_private.TorchSpectralNorm):
         self, weight_mat: Tensor, n_power_iterations: int
     ) -> tuple[Tensor, Tensor] | None:
         """Iterate, write the vectors to the buffers, and return them."""
-        transform = SpectralNorm(0, n_power_iterations, self.eps)
-        new = transform.update(weight_mat, {"u": self._u, "v": self._v})
-        write(self._u, new["u"])
-        write(self._v, new["v"])
+        state = {"u": self._u, "v": self._v}
+        new = SpectralNorm(0, n_power_iterations, self.eps).update(weight_mat, state)
+        write(state, new)
         return new["u"], new["v"]
+
+    def restart(self, weight: Tensor) -> None:
+        """Take the exact singular vectors of `weight`."""
+        if weight.ndim > 1:
+            matrix = self._reshape_weight_to_matrix(weight)
+            _, new = SpectralNorm(eps=self.eps).right_inverse(matrix)
+            write({"u": self._u, "v": self._v}, new)
 
 
 # Under their names in torch they are private; to the rest of compat they are not.

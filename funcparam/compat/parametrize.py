@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from funcparam.compat import _private
+from funcparam.compat import _private, _ties
 from funcparam.compat._adapter import TransformModule, as_module
 from funcparam.compat._cache import cached
 from funcparam.compat._classes import original_class, parametrized_class
 from funcparam.compat._gate import ShowsTorchsCache
-from funcparam.compat._list import ParametrizationList
+from funcparam.compat._list import ParametrizationList, like
 from funcparam.compat._tensors import all_or_nothing, put, register, state_kept
 
 __all__ = [
@@ -59,20 +59,36 @@ def register_parametrization(
     """
     part = as_module(parametrization)
     if is_parametrized(module, tensor_name):
-        with all_or_nothing(module):
+        with all_or_nothing([*_concerned(module), *part.modules()]):
             part.train(module.training)
             _append(module, tensor_name, part, unsafe)
         return module
+    may_be_tied = _ties.may_be_tied(module, tensor_name)
     original = _tensor(module, tensor_name)
-    part.train(module.training)
-    with all_or_nothing(module, original):
+    with all_or_nothing([*_concerned(module), *part.modules()], [original]):
+        part.train(module.training)
         held = ParametrizationList([part], original, unsafe=unsafe)
+        if may_be_tied and held.moved:
+            _expect_untied(module, tensor_name, held)
         delattr(module, tensor_name)
         if not is_parametrized(module):
             module.parametrizations = nn.ModuleDict()
         _set_class(module, {*_lists(module), tensor_name})
         _lists(module)[tensor_name] = held
     return module
+
+
+def _expect_untied(module: nn.Module, name: str, held: ParametrizationList) -> None:
+    tensor = _tensor(module, name)
+    own = ((held, raw) for raw in held.raw_names)
+    other = _ties.other_owner(tensor, (module, name), *own)
+    if other is not None:
+        raise ValueError(
+            f"'{name}' of {type(module).__name__}({module.extra_repr()}) is tied to {other}, which"
+            " the parametrization of one alone would change or leave behind. To keep the tie,"
+            " delete the other attribute, register here, and let the other module share it by"
+            " transfer_parametrizations_and_params; or give one of the two a parameter of its own"
+        )
 
 
 def _append(module: nn.Module, name: str, part: nn.Module, unsafe: bool) -> None:  # noqa: FBT001
@@ -188,9 +204,8 @@ def remove_parametrizations(
     if not is_parametrized(module, tensor_name):
         raise ValueError(f"Module {module} does not have a parametrization on {tensor_name}")
     held = _lists(module)[tensor_name]
-    raws = [tensor for tensor in vars(held)["_parameters"].values() if tensor is not None]
-    buffers = [tensor for tensor in vars(held)["_buffers"].values() if tensor is not None]
-    with all_or_nothing(module, *raws, *buffers):
+    raws = [*held.parameters(recurse=False), *held.buffers(recurse=False)]
+    with all_or_nothing(_concerned(module), raws):
         tensor = _plain_tensor(module, tensor_name, leave_parametrized)
         del _lists(module)[tensor_name]
         names = set(_lists(module))
@@ -215,6 +230,8 @@ def _plain_tensor(module: nn.Module, name: str, keep_value: bool) -> Tensor:  # 
     if keep_value:
         with torch.no_grad():
             value = getattr(module, name)
+            if getattr(held, "shared", False):  # raw stays what it is to the other module
+                return like(original, value.clone())
             _fill(original, value)
     return original
 
@@ -229,7 +246,8 @@ def _from_several(held: ParametrizationList, value: Tensor) -> Tensor:
         return nn.Parameter(value, requires_grad=False)
     before = getattr(held, "before", None)
     raw = None if before is None else getattr(held, before)
-    if torch.__future__.get_swap_module_params_on_conversion() or not _can_hold(raw, value):
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    if swap or getattr(held, "shared", False) or not _can_hold(raw, value):
         return nn.Parameter(value)
     with torch.no_grad():
         put(cast("Tensor", raw), value)
@@ -289,10 +307,18 @@ def transfer_parametrizations_and_params(
         with state_kept(source):  # registering takes the state that belongs to the other's value
             for part in source:
                 register_parametrization(to_module, name, part)
-        target = _lists(to_module)[name]
+        target = cast("ParametrizationList", _lists(to_module)[name])
+        source.shared = target.shared = True
         for raw in source.raw_names:
             setattr(target, raw, getattr(source, raw))
     return to_module
+
+
+def _concerned(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and everything under `module.parametrizations`."""
+    yield module
+    if is_parametrized(module):
+        yield from _lists(module).modules()
 
 
 def _lists(module: nn.Module) -> nn.ModuleDict:
