@@ -138,6 +138,11 @@ def written_before_backward():
     out.backward()
 
 
+def one_of_two():
+    net = Tied()
+    register(net.encoder, Symmetric())
+
+
 def hooked(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's weight_norm is deprecated

@@ -84,10 +84,10 @@ def _expect_untied(module: nn.Module, name: str, held: ParametrizationList) -> N
     other = _ties.other_owner(tensor, (module, name), *own)
     if other is not None:
         raise ValueError(
-            f"'{name}' of {type(module).__name__}({module.extra_repr()}) is tied to {other}, which"
-            " the parametrization of one alone would change or leave behind. To keep the tie,"
-            " delete the other attribute, register here, and let the other module share it by"
-            " transfer_parametrizations_and_params; or give one of the two a parameter of its own"
+            f"'{name}' of {type(module).__name__}({module.extra_repr()}) is also {other}, which"
+            " would change with it or come apart from it. To share the parametrization, delete the"
+            " other attribute, register here, and call transfer_parametrizations_and_params; to"
+            " untie the two, give one of them a parameter of its own first"
         )
 
 
