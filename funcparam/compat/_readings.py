@@ -42,8 +42,10 @@ class Readings:
     def whose(self, value: Tensor) -> tuple[nn.Module, str] | None:
         """The module and the name that `value` was read from."""
         reading = self._known.get(id(value))
-        module = None if reading is None else reading.module()
-        return None if reading is None or module is None else (module, reading.name)
+        if reading is None or reading.value() is not value:
+            return None
+        module = reading.module()
+        return None if module is None else (module, reading.name)
 
 
 READINGS = Readings()

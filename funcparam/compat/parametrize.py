@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -298,20 +298,25 @@ def transfer_parametrizations_and_params(
     """
     if not is_parametrized(from_module):
         return to_module
-    lists = _lists(from_module)
-    names: Iterable[str] = list(lists) if tensor_name is None else [tensor_name]
-    for name in names:
-        source = cast("ParametrizationList", lists[name])
-        if not hasattr(to_module, name):
-            setattr(to_module, name, nn.Parameter(getattr(from_module, name)))
-        with state_kept(source):  # registering takes the state that belongs to the other's value
-            for part in source:
-                register_parametrization(to_module, name, part)
-        target = cast("ParametrizationList", _lists(to_module)[name])
-        source.shared = target.shared = True
-        for raw in source.raw_names:
-            setattr(target, raw, getattr(source, raw))
+    names = list(_lists(from_module)) if tensor_name is None else [tensor_name]
+    before = [*to_module.parameters(recurse=False), *to_module.buffers(recurse=False)]
+    with all_or_nothing([*_concerned(to_module), *_concerned(from_module)], before):
+        for name in names:
+            _transfer(from_module, to_module, name)
     return to_module
+
+
+def _transfer(from_module: nn.Module, to_module: nn.Module, name: str) -> None:
+    source = cast("ParametrizationList", _lists(from_module)[name])
+    if not hasattr(to_module, name):
+        setattr(to_module, name, nn.Parameter(getattr(from_module, name)))
+    with state_kept(source):  # registering takes the state that belongs to the other's value
+        for part in source:
+            register_parametrization(to_module, name, part)
+    target = cast("ParametrizationList", _lists(to_module)[name])
+    source.shared = target.shared = True
+    for raw in source.raw_names:
+        setattr(target, raw, getattr(source, raw))
 
 
 def _concerned(module: nn.Module) -> Iterator[nn.Module]:
