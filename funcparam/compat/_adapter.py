@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from funcparam.binding.modes import is_in_backward
+from funcparam.binding.modes import graph_task
 from funcparam.compat import _private
 from funcparam.transforms import AnyTransform, Transform
 from funcparam.transforms.contract.steps import updated
@@ -98,8 +98,11 @@ class TransformModule(nn.Module):
 
 
 def steps(part: nn.Module) -> bool:
-    """Whether what evolves in `part` takes a step when it is called now."""
-    return part.training and not is_in_backward()
+    """Whether what evolves in `part` takes a step when it is called now.
+
+    What backward runs is a checkpoint that computes again, in all likelihood.
+    """
+    return part.training and (torch.compiler.is_compiling() or graph_task() == -1)
 
 
 def write(buffers: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
@@ -108,10 +111,9 @@ def write(buffers: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
     Under `vmap` or `grad` over raw alone the new state belongs to the transform and has no
     place in a buffer outside of it; it served this call and is dropped.
     """
-    with torch.no_grad():
-        for key, buffer in buffers.items():
-            if new[key] is not buffer and not _escapes(new[key], buffer):
-                buffer.copy_(new[key])
+    for key, buffer in buffers.items():
+        if new[key] is not buffer and not _escapes(new[key], buffer):
+            buffer.copy_(new[key])
 
 
 class FunctionModule(nn.Module):

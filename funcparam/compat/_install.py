@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.nn.utils.parametrizations
 import torch.nn.utils.parametrize
+from torch.nn import init
 
 from funcparam.compat import _initial, hooks, parametrizations, parametrize
 from funcparam.compat._readings import READINGS
@@ -102,7 +103,9 @@ def _replace(name: str, old: Any, new: Any) -> None:
 
 def _warn_of_earlier_imports() -> None:
     """Name the modules that took a function of torch's before, which no redirection reaches."""
-    names = {id(old): name for name, old, _ in _ORIGINALS.pairs}
+    # of torch.nn.init nobody expects more than torch's, and many have imported from it
+    pairs = [pair for pair in _ORIGINALS.pairs if pair[1].__module__ != init.__name__]
+    names = {id(old): name for name, old, _ in pairs}
     found: list[str] = []
     for path, module in list(sys.modules.items()):
         if path.split(".")[0] in ("torch", "funcparam"):
