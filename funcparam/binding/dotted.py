@@ -111,7 +111,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 def overwrite(olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
     """Copy each new tensor into an old one, of which no gradient is asked."""
     news = [sharded_like(old, new) for old, new in zip(olds, news, strict=True)]
-    if news and is_plain_eager():
+    if news and is_plain_eager() and set(map(type, olds)) <= {Tensor, nn.Parameter}:
         torch._foreach_copy_(olds, news)  # pyright: ignore
     else:  # vmap has a rule for this one, and a compiler joins them itself
         for old, new in zip(olds, news, strict=True):

@@ -68,7 +68,9 @@ def shells(
     tops = _tops(net, block)
     homes: dict[str, dict[str, Any]] = {}
     for entry in (entry for entry in p.entries if entry.transform is not None):
-        found = {net.get_submodule(h): h for h in (_home(name, tops) for name in entry.names)}
+        found: dict[nn.Module, str] = {}
+        for name in entry.names:
+            found.setdefault(net.get_submodule(_home(name, tops)), _home(name, tops))
         home, *others = found.values()
         if others:
             raise ValueError(
@@ -127,7 +129,7 @@ def _tops(net: nn.Module, block: Any) -> list[str]:
 
 
 def _modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    named = cast("Iterator[tuple[str, nn.Module]]", net.named_modules())
+    named = cast("Iterator[tuple[str, nn.Module]]", net.named_modules(remove_duplicate=False))
     return ((name, module) for name, module in named if name)
 
 

@@ -7,8 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import funcparam as fp
 from funcparam.binding import evaluation
@@ -48,11 +52,13 @@ def full(tensor):
 
 
 KINDS = ["ddp", "fully_shard", "ddp, recompute", "fully_shard, recompute"]
+SHELLS = ["shells", "shells, checkpoints inside", "shells, checkpoints around"]
 
 
 def worker(rank):
+    found = {kind: trained_in_blocks(rank, kind) for kind in SHELLS}
     evaluation.SMALLEST = 0  # in this process: every value counts as large
-    return {kind: trained(rank, kind) for kind in KINDS}
+    return {**found, **{kind: trained(rank, kind) for kind in KINDS}}
 
 
 def trained(rank, kind):
@@ -62,6 +68,94 @@ def trained(rank, kind):
     dist.all_reduce(losses)
     state = {name: full(t).detach() for name, t in model.state_dict().items()}
     return losses / 2, state, model.fold()[0].weight.detach()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.checkpointed = False
+
+    def body(self, x):
+        return self.two(self.one(x).tanh())
+
+    def forward(self, x):
+        if self.checkpointed:
+            return x + checkpoint(self.body, x, use_reentrant=False)
+        return x + self.body(x)
+
+
+IN_BLOCKS = {"*.one.weight": Orthogonal(), "*.two.weight": SpectralNorm(), "2.weight": WeightNorm()}
+
+
+def blocks():
+    torch.manual_seed(0)
+    net = nn.Sequential(Block(), Block(), nn.Linear(6, 6)).double()
+    return net, torch.randn(8, 6).double()
+
+
+def trained_in_blocks(rank, kind):
+    """What it learns, and what its methods do, with a shell around each block, all of them sharded."""
+    net, x = blocks()
+    model = fp.shells(net, IN_BLOCKS, block=Block)
+    if "around" in kind:
+        apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, fp.Parametrized))
+    own = [m for m in model.modules() if isinstance(m, fp.Parametrized)]
+    for block in (net for shell in own for net in shell.modules() if isinstance(net, Block)):
+        block.checkpointed = "inside" in kind
+    for shell in own:
+        fully_shard(shell)
+    fully_shard(model)
+    losses = train(model, [x[4 * rank :][:4]] * 3)
+    dist.all_reduce(losses)
+    before = [shell.values() for shell in own]
+    for shell in own:
+        shell.rebase()
+    after = [shell.values() for shell in own]
+    told = [(shell.violation(), str(shell.summary())) for shell in own]
+    written = [
+        fp.checkpoint.write(s.parametrization, *s.raw_and_state(), s.net, style="plain")
+        for s in own
+    ]
+    plain = own[0].fold().state_dict()
+    half = {name: 0.5 * t if name.endswith("bias") else t for name, t in plain.items()}
+    own[0].load_state_dict(half)
+    found = {n: t.detach() for n, t in own[0].values().items()}
+    return (
+        losses / 2,
+        detached(before),
+        detached(after),
+        detached(told),
+        detached(written),
+        half,
+        found,
+    )
+
+
+def detached(tree):
+    return torch.utils._pytree.tree_map(
+        lambda t: t.detach() if isinstance(t, torch.Tensor) else t, tree
+    )
+
+
+@pytest.mark.parametrize("kind", SHELLS)
+def test_shells_of_blocks_on_two_processes_equal_one(kind, results):
+    losses, before, after, told, written, half, found = results[kind]
+    net, x = blocks()
+    alone = fp.shells(net, IN_BLOCKS, block=Block)
+    torch.testing.assert_close(losses, train(alone, [x] * 3))
+    own = [m for m in alone.modules() if isinstance(m, fp.Parametrized)]
+    torch.testing.assert_close(before, detached([shell.values() for shell in own]))
+    torch.testing.assert_close(after, before)
+    for shell in own:
+        shell.rebase()
+    for (violation, table), shell in zip(told, own, strict=True):
+        torch.testing.assert_close(violation, detached(shell.violation()))
+        assert table.splitlines()[0] == str(shell.summary()).splitlines()[0]
+    torch.testing.assert_close(
+        [dict(w) for w in written], [dict(shell.fold().state_dict()) for shell in own]
+    )
+    torch.testing.assert_close(found, dict(half), rtol=1e-4, atol=1e-4)  # spectral norms lag
 
 
 @pytest.fixture(scope="module")

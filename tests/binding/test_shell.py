@@ -475,7 +475,7 @@ def test_pruning():
     prune.l1_unstructured(model.net[3], "weight", 0.5)  # it has no rule
     model(X).sum().backward()
     assert model.net[3].weight_orig.grad is not None
-    with pytest.raises(AttributeError, match="NoneType"):
+    with pytest.raises(TypeError, match="NoneType"):
         prune.l1_unstructured(model.net[0], "weight", 0.3)
     with pytest.raises(RuntimeError, match="'0.weight' is no more in the network"):
         model(X)
