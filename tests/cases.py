@@ -19,6 +19,7 @@ from funcparam.transforms import (
     BOFT,
     HRA,
     IA3,
+    LSQ,
     OFT,
     Affine,
     AlmostOrthogonal,
@@ -35,6 +36,7 @@ from funcparam.transforms import (
     DoRA,
     DoublyStochastic,
     FakeQuantize,
+    FakeQuantizeFloat,
     FixedRank,
     Frozen,
     Gain,
@@ -356,6 +358,12 @@ def _ternary(x: Tensor) -> Tensor:
     return x.sign() * above * x.abs()[above].mean()
 
 
+def _bitnet(x: Tensor) -> Tensor:
+    """As in transformers' BitLinear, where a value of levels is divided first."""
+    gamma = x.abs().mean()
+    return gamma * (x / gamma).round().clamp(-1, 1)
+
+
 def _each_row(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.stack([function(row) for row in x])
 
@@ -394,6 +402,63 @@ def _quantized_fully(bits: int) -> Callable[[Tensor], Tensor]:
         return scale * torch.from_numpy(np.rint(x.numpy() / scale)).clamp(-half, half - 1)
 
     return apply
+
+
+def _in_groups(function: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.stack([function(g) for g in x.flatten().split(size)]).reshape(x.shape)
+
+
+def _clipped_groups(bits: int, size: int) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+    def apply(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        rows = {"scale": state["scale"].flatten()}
+        return _clipped(bits)(x.reshape(-1, size), rows).reshape(x.shape)
+
+    return apply
+
+
+def _as_float(dtype: torch.dtype, top: float) -> Callable[[Tensor], Tensor]:
+    """PyTorch's own rounding to a format, of the largest entry to its end."""
+
+    def apply(x: Tensor) -> Tensor:
+        scale = x.abs().max() / top
+        return (x / scale).float().to(dtype).to(x.dtype) * scale
+
+    return apply
+
+
+def _lsq(q: int, shared: int | None) -> Callable[[Any, Mapping[str, Tensor]], Tensor]:
+    """Equations 2 and 3 of the paper: the derivatives of the weight and of the step, slowed."""
+
+    def apply(raw: Any, _: Mapping[str, Tensor]) -> Tensor:
+        x, s = (
+            raw["weight"].reshape(-1, shared or raw["weight"].numel()),
+            raw["scale"].reshape(-1, 1),
+        )
+        steps = (x / s).detach()
+        inside = steps.abs() < q + 0.5
+        slope = torch.where(inside, steps.round() - steps, q * steps.sign())
+        scale = slope * s / np.sqrt(x.shape[1] * q)
+        return (torch.where(inside, x, x.detach()) + scale).reshape(raw["weight"].shape)
+
+    return apply
+
+
+def _within(top: float) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+    """The identity inside of the range, constant outside."""
+
+    def apply(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        end = top * state["scale"].reshape(-1, *[1] * (x.ndim - 1))
+        return torch.maximum(torch.minimum(x, end), -end).reshape(x.shape)
+
+    return apply
+
+
+def _mxfp4(x: Tensor) -> Tensor:
+    """The nearest of all numbers of the format; a tie is what no random number is."""
+    levels = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    scale = 2.0 ** (np.floor(np.log2(x.abs().max().item())) - 2)
+    grid = torch.tensor(sorted({sign * level for level in levels for sign in (-1, 1)})).to(x)
+    return scale * grid[(x.unsqueeze(-1) / scale - grid).abs().argmin(-1)]
 
 
 def _clipped(bits: int) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
@@ -849,6 +914,57 @@ CASES = [
             (None, ((3, 4), (5,), (2, 3, 2, 2), (1, 1), ()), _ternary),
             (0, ((3, 4), (2, 3, 2)), _each_row(_ternary)),
             (-1, ((3, 4),), _each_column(_ternary)),
+        )
+    ),
+    *(
+        Case(
+            Ternary(0.5, dim, "absmean"),
+            shapes,
+            lambda x, f=levels: 3 * f(x),
+            levels,
+            straight_through=lambda x, _: x,
+        )
+        for dim, shapes, levels in (
+            (None, ((3, 4), (5,)), _bitnet),
+            (0, ((3, 4),), _each_row(_bitnet)),
+        )
+    ),
+    Case(
+        FakeQuantize(4, group_size=4),
+        ((3, 4), (2, 2, 8)),
+        _in_groups(_quantized(4), 4),
+        _in_groups(_quantized(4), 4),
+        straight_through=_clipped_groups(4, 4),
+    ),
+    *(
+        Case(
+            FakeQuantizeFloat(format), ((3, 4), (5,)), levels, levels, straight_through=_within(top)
+        )
+        for format, top, levels in (
+            ("float8_e4m3fn", 448, _as_float(torch.float8_e4m3fn, 448)),
+            ("float8_e5m2", 57344, _as_float(torch.float8_e5m2, 57344)),
+        )
+    ),
+    Case(
+        FakeQuantizeFloat("float4_e2m1fn", group_size=4, power_of_two=True),
+        ((3, 4), (2, 2, 8)),
+        _in_groups(_mxfp4, 4),
+        _in_groups(_mxfp4, 4),
+        straight_through=lambda x, s: _within(6)(x.reshape(-1, 4), s).reshape(x.shape),
+    ),
+    *(
+        Case(
+            LSQ(bits, dim, group_size),
+            shapes,
+            levels,
+            levels,
+            straight_through=_lsq(2 ** (bits - 1) - 1, shared),
+            measured=False,
+        )
+        for bits, dim, group_size, shapes, shared, levels in (
+            (4, None, None, ((3, 4), (5,)), None, _quantized(4)),
+            (4, 0, None, ((3, 4),), 4, _each_row(_quantized(4))),
+            (3, None, 2, ((3, 4),), 2, _in_groups(_quantized(3), 2)),
         )
     ),
     *(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._delora import DeLoRA
     from funcparam.transforms._diagonal import Diagonal
     from funcparam.transforms._fixed_rank import FixedRank
+    from funcparam.transforms._float_grid import FakeQuantizeFloat
     from funcparam.transforms._frozen import Frozen
     from funcparam.transforms._gain import Gain
     from funcparam.transforms._hadamard import Hadamard
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._lipschitz import AOL, LInfLipschitz
     from funcparam.transforms._lora import LoRA
     from funcparam.transforms._low_rank import LowRank
+    from funcparam.transforms._lsq import LSQ
     from funcparam.transforms._mask import Mask
     from funcparam.transforms._monarch import Monarch
     from funcparam.transforms._norm import WeightNorm
@@ -88,6 +90,7 @@ _FAMILY_OF: Mapping[str, str] = {
     "DeLoRA": "_delora",
     "Diagonal": "_diagonal",
     "FixedRank": "_fixed_rank",
+    "FakeQuantizeFloat": "_float_grid",
     "Frozen": "_frozen",
     "Gain": "_gain",
     "Hadamard": "_hadamard",
@@ -104,6 +107,7 @@ _FAMILY_OF: Mapping[str, str] = {
     "LInfLipschitz": "_lipschitz",
     "LoRA": "_lora",
     "LowRank": "_low_rank",
+    "LSQ": "_lsq",
     "Mask": "_mask",
     "Monarch": "_monarch",
     "WeightNorm": "_norm",
@@ -148,6 +152,7 @@ __all__ = [
     "BOFT",
     "HRA",
     "IA3",
+    "LSQ",
     "OFT",
     "Affine",
     "AlmostOrthogonal",
@@ -165,6 +170,7 @@ __all__ = [
     "DoRA",
     "DoublyStochastic",
     "FakeQuantize",
+    "FakeQuantizeFloat",
     "FixedRank",
     "Frozen",
     "Gain",

@@ -13,6 +13,7 @@ from funcparam.transforms.contract.arguments import expect_choice
 from funcparam.transforms.contract.base import State, Transform
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
+from funcparam.transforms.numerics.quantizing import grouped, shared_dims
 
 
 @final
@@ -25,8 +26,8 @@ class LSQ(Transform[Mapping[str, Tensor]]):
     Raw is `{"weight": X, "scale": s}`, with scales as those of
     [`FakeQuantize`][funcparam.transforms.FakeQuantize], which is the same map with the scale in
     state. Real dtypes. The derivative is straight through as there, and that of the scale is
-    multiplied by `1 / sqrt(N q)`, where `N` is the number of entries that share it: as large, for its
-    size, as that of a weight.
+    multiplied by `1 / sqrt(N q)`, where `N` is the number of entries that share it: as large, for
+    its size, as that of a weight.
 
     At init the scale is chosen by `init`: `"range"` takes the largest |entry| to the end of the
     range, so that a value on such a grid is kept; `"lsq"` is the paper's, `2 mean |W| / sqrt(q)`,
@@ -63,7 +64,7 @@ class LSQ(Transform[Mapping[str, Tensor]]):
     init: Literal["range", "lsq"] = "range"
 
     def __post_init__(self) -> None:
-        _ = self._grid
+        _ = self._grid  # which looks at the arguments
         expect_choice(self, "init", ("range", "lsq"))
 
     @full_precision
@@ -80,13 +81,14 @@ class LSQ(Transform[Mapping[str, Tensor]]):
         _, grid = self._grid.right_inverse(value)
         scale = grid["scale"]
         if self.init == "lsq":
-            mean = self._grid.sums(value.detach().abs()) * scale.numel() / max(value.numel(), 1)
+            size = grouped(value.detach().abs(), self.group_size)
+            mean = size.mean(shared_dims(self, value))
             scale = torch.where(mean > 0, 2 * mean / sqrt(self._levels), scale)
         return {"weight": value, "scale": scale}, {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
-        """Zero: every value is on some grid or near to one; which is trained."""
-        return self._grid.violation(value, {}) * torch.nan
+        """NaN: the grid is trained, and which one a value is on is not measured."""
+        return value.new_full((), torch.nan)
 
     def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         raise NotImplementedError(

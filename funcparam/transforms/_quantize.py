@@ -9,6 +9,14 @@ from torch import Tensor
 from funcparam.transforms.contract.arguments import INTEGER, Kind, expect_argument, expect_choice
 from funcparam.transforms.contract.base import State, Transform, largest
 from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.numerics.quantizing import (
+    aligned,
+    expect_groups,
+    expect_whole_groups,
+    grouped,
+    shared_dims,
+    straight_through,
+)
 from funcparam.transforms.numerics.slices import expect_slices, other_dims
 
 _THRESHOLD = Kind("a number from 0 to below 1", (int, float), lambda x: 0 <= x < 1)
@@ -21,23 +29,28 @@ class Ternary(Transform[Tensor]):
     r"""Weights of three levels: minus a length, zero, and plus that length.
 
     $$W_i = \alpha \operatorname{sign}(X_i) [\lvert X_i \rvert > \Delta], \qquad
-    \Delta = t \operatorname{mean} \lvert X \rvert, \qquad
-    \alpha = \operatorname{mean}_{\lvert X_i \rvert > \Delta} \lvert X_i \rvert$$
+    \Delta = t \operatorname{mean} \lvert X \rvert$$
 
-    Raw has the shape of the value. Real dtypes. A value of such levels is kept; any other goes
-    to those that the formula gives for it.
+    where `alpha` is the mean of `|X|`, with `scale="kept"` over the entries that keep a sign, and
+    with `scale="absmean"` over all of them. `Ternary(0.5, scale="absmean")` is BitNet b1.58's
+    `alpha clip(round(X / alpha), -1, 1)`.
+
+    Raw has the shape of the value. Real dtypes. A value of such levels is kept, with
+    `scale="absmean"` by a raw that is larger where it is not 0; any other goes to those that the
+    formula gives for it.
 
     The derivative is straight through, that of `W = X`: the true one is 0 almost everywhere.
 
     Args:
         threshold: `t`, at least 0 and below 1. With 0 every entry but exact zeros keeps a sign.
         dim: the dimension that has its own levels for each index; None: one for the whole
-            tensor, as in the paper. Negative ones count from the end.
+            tensor, as in the papers. Negative ones count from the end.
+        scale: `"kept"` or `"absmean"`.
 
     Raises:
-        ValueError: `threshold` is not in [0, 1); at `fp.parametrize`, if the value is not real
-            or has no dimension `dim`
-            with more than one entry at each index.
+        ValueError: `threshold` is not in [0, 1) or `scale` is none of the two; at `fp.parametrize`,
+            if the value is not real or has no dimension `dim` with more than one entry at each
+            index.
 
     Example:
         >>> import torch
@@ -45,31 +58,40 @@ class Ternary(Transform[Tensor]):
         >>> Ternary().forward(torch.tensor([-3.0, 0.1, 1.0]), {})
         tensor([-2.,  0.,  2.])
 
-    These are ternary weight networks. BitNet b1.58 takes other levels: the mean of all `|X|` as the
-    length, and zero below half of it.
-
-    Source: Li et al., Ternary weight networks, arXiv 1605.04711, equations 5 and 6.
+    Source: Li et al., Ternary weight networks, arXiv 1605.04711, equations 5 and 6; Ma et al., The
+    era of 1-bit LLMs, arXiv 2402.17764, equations 1 to 3 (`"absmean"`).
     """
 
     threshold: float = 0.7
     dim: int | None = None
+    scale: Literal["kept", "absmean"] = "kept"
 
     def __post_init__(self) -> None:
         expect_argument(self, "threshold", _THRESHOLD)
         expect_argument(self, "dim", INTEGER, optional=True)
+        expect_choice(self, "scale", ("kept", "absmean"))
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        return _straight_through(self._levels(raw), raw)
+        return straight_through(self._levels(raw), raw)
 
+    @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        return value, {}
+        if self.scale == "kept" or not value.numel():
+            return value, {}
+        # levels, which a mean over all entries would shorten
+        dims, size = other_dims(value, self.dim), value.detach().abs()
+        top = size.amax(dims, keepdim=True)
+        level = (size == 0) | ((size - top).abs() <= 8 * torch.finfo(size.dtype).eps * top)
+        stretch = top / torch.where(top > 0, size.mean(dims, keepdim=True), 1)
+        every = level.all(dim=tuple(dims), keepdim=True) if dims else level
+        return value * torch.where(every & (top > 0), stretch, 1), {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from its level."""
-        return largest(value - self._levels(value))
+        return largest(value - self._levels(self.right_inverse(value)[0]))
 
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         raise NotImplementedError(_piecewise_constant(self))
@@ -80,7 +102,10 @@ class Ternary(Transform[Tensor]):
     def _levels(self, X: Tensor) -> Tensor:
         dims = other_dims(X, self.dim)
         size = X.abs()
-        above = size > self.threshold * size.mean(dims, keepdim=True)
+        mean = size.mean(dims, keepdim=True)
+        above = size > self.threshold * mean
+        if self.scale == "absmean":
+            return torch.where(above, mean * X.sign(), 0)
         total = torch.where(above, size, 0).sum(dims, keepdim=True)
         alpha = total / above.sum(dims, keepdim=True).clamp_min(1)
         return torch.where(above, alpha * X.sign(), 0)
@@ -95,8 +120,8 @@ class FakeQuantize(Transform[Tensor]):
     - z\right)$$
 
     Raw has the shape of the value. State `{"scale", "zero_point"}` holds `s` and `z` as tensors
-    of the value's dtype: scalars, or with `dim` one for each index. Real dtypes. Init takes them
-    from the range of the value:
+    of the value's dtype: scalars, with `dim` one for each index, or with `group_size` one for each
+    group, `(..., n / group_size)`. Real dtypes. Init takes them from the range of the value:
 
     | scheme | integers, with `h = 2^(bits - 1)` | `s` | `z` |
     |---|---|---|---|
@@ -122,11 +147,13 @@ class FakeQuantize(Transform[Tensor]):
         scheme: `"narrow"`, `"full"` or `"affine"`.
         dim: the dimension that has its own scale for each index, 0 for PyTorch's per-channel
             scheme; None: one for the whole tensor. Negative ones count from the end.
+        group_size: how many neighbours along the last dimension, the inputs of a Linear, share a
+            scale; 32 and 128 are usual for 4 bits. None: there are no groups.
 
     Raises:
-        ValueError: `bits` is not from 2 to 8, or `scheme` is none of the three; at
-            `fp.parametrize`, if the value is not real or has no dimension `dim` with more than one
-            entry at each index.
+        ValueError: `bits` is not from 2 to 8, `scheme` is none of the three, or there are `dim` and
+            `group_size`; at `fp.parametrize`, if the value is not real, has no dimension `dim` with
+            more than one entry at each index, or `group_size` does not divide its last dimension.
 
     Example:
         >>> import torch
@@ -142,33 +169,36 @@ class FakeQuantize(Transform[Tensor]):
     bits: int = 8
     scheme: Literal["narrow", "full", "affine"] = "narrow"
     dim: int | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         expect_argument(self, "bits", _BITS)
         expect_choice(self, "scheme", ("narrow", "full", "affine"))
         expect_argument(self, "dim", INTEGER, optional=True)
+        expect_groups(self)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        scale, zero_point = self._aligned(raw, state["scale"], state["zero_point"])
-        steps = raw / scale
-        rounded = _straight_through(steps.round(), steps)
+        X = grouped(raw, self.group_size)
+        scale, zero_point = aligned(self, X, state["scale"], state["zero_point"])
+        steps = X / scale
+        rounded = straight_through(steps.round(), steps)
         integers, (low, high) = rounded + zero_point, self._range()
         # the ends are inside; clamp's own derivative there is 1 or 0 by the version of PyTorch
         inside = (integers >= low) & (integers <= high)
         levels = torch.where(inside, integers, integers.detach().clamp(low, high))
-        return scale * (levels - zero_point)
+        return (scale * (levels - zero_point)).reshape(raw.shape)
 
     @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        dims = other_dims(value, self.dim)
         low, high = self._range()
-        if not value.numel():
-            ends = value.sum(dims), value.sum(dims)
+        X, dims = grouped(value.detach(), self.group_size), shared_dims(self, value)
+        if not X.numel():
+            ends = X.sum(dims), X.sum(dims)
         else:
-            ends = value.detach().amin(dims).clamp_max(0), value.detach().amax(dims).clamp_min(0)
+            ends = X.amin(dims).clamp_max(0), X.amax(dims).clamp_min(0)
         largest_entry = torch.maximum(-ends[0], ends[1])
         match self.scheme:
             case "narrow":
@@ -197,24 +227,13 @@ class FakeQuantize(Transform[Tensor]):
 
     def check(self, value: Tensor) -> None:
         expect_slices(self, value, self.dim)
+        expect_whole_groups(self, value)
 
     def _range(self) -> tuple[int, int]:
         if self.scheme == "affine":
             return 0, 2**self.bits - 1
         half = 2 ** (self.bits - 1)
         return (1 - half if self.scheme == "narrow" else -half), half - 1
-
-    def _aligned(self, raw: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Give tensors with one entry for each index of `dim` the shape to go with raw."""
-        if self.dim is None:
-            return tensors
-        behind = raw.ndim - 1 - self.dim % raw.ndim
-        return tuple(tensor.reshape(-1, *[1] * behind) for tensor in tensors)
-
-
-def _straight_through(value: Tensor, like: Tensor) -> Tensor:
-    """`value` to the last bit, with the derivative of `like`."""
-    return value.detach() + (like - like.detach())
 
 
 def _piecewise_constant(transform: Transform[Tensor]) -> str:
