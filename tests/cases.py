@@ -57,6 +57,7 @@ from funcparam.transforms import (
     Mask,
     Monarch,
     NMSparse,
+    OperatorNorm,
     Ordered,
     Orthogonal,
     OrthogonalConv,
@@ -188,6 +189,25 @@ def _unit_spectral_norm(m):
     return m / scipy.linalg.svdvals(m)[0]
 
 
+def _unit_operator(groups: int) -> Callable[[Tensor], Tensor]:
+    """Over the largest singular value of the dense matrices of the circular convolutions."""
+
+    def norm(kernel: Tensor) -> Tensor:
+        sides = [4 * size if size > 1 else 1 for size in kernel.shape[2:]]
+        dims = tuple(range(1, 1 + len(sides)))
+        response = torch.fft.fftn(kernel, sides, tuple(range(2, kernel.ndim)))
+
+        def convolve(image: Tensor) -> Tensor:
+            product = torch.einsum("oi...,i...->o...", response, torch.fft.fftn(image, dim=dims))
+            return torch.fft.ifftn(product, dim=dims).real
+
+        image = torch.zeros(kernel.shape[1], *sides, dtype=kernel.dtype)
+        dense = torch.func.jacrev(convolve)(image).reshape(-1, image.numel())
+        return torch.linalg.matrix_norm(dense, 2)
+
+    return lambda x: x / max(map(norm, x.chunk(groups)))
+
+
 def _flat_spectral(dim: int) -> Callable[[Tensor], Tensor]:
     def apply(x: Tensor) -> Tensor:
         s = scipy.linalg.svdvals(x.movedim(dim, 0).flatten(1).numpy())[0]
@@ -205,7 +225,7 @@ def _unit_vector(x: Tensor) -> Tensor:
 
 
 def _lower_factor(x: Tensor) -> Tensor:
-    return x.tril(-1) + torch.diag_embed(x.diagonal(dim1=-2, dim2=-1).abs() + 0.5)
+    return x.tril(-1) + torch.diag_embed(x.diagonal(dim1=-2, dim2=-1).abs() + 0.5).to(x.dtype)
 
 
 def _unit_rows(x: Tensor) -> Tensor:
@@ -633,12 +653,13 @@ CASES = [
         True,
         lambda x: x[torch.ones_like(x).triu() == 1],
     ),
-    Case(CholeskyFactor(), SQUARE, _lower_factor, log_det=_lower_entries),
+    Case(CholeskyFactor(), SQUARE, _lower_factor, complex=True, log_det=_lower_entries),
     *(
         Case(
             PositiveDefinite(eps),
             SQUARE,
-            lambda x: x @ x.mT / 4 + torch.eye(x.shape[-1], dtype=x.dtype),
+            lambda x: x @ x.mH / 4 + torch.eye(x.shape[-1], dtype=x.dtype),
+            complex=True,
             log_det=_lower_entries,
         )
         for eps in (0.0, 0.1)
@@ -761,6 +782,10 @@ CASES = [
             ("householder", ((3, 3, 2),)),
         )
     ),
+    *(
+        Case(OperatorNorm(groups=groups), shapes, _unit_operator(groups), _unit_operator(groups))
+        for groups, shapes in ((1, ((2, 3, 3), (2, 1, 2, 2), (1, 1, 1))), (2, ((2, 2, 2),)))
+    ),
     Case(
         OrthogonalConv(),
         ((1, 3, 3), (2, 2, 1, 3), (1, 2, 2, 1, 2), (1, 1, 3)),
@@ -775,6 +800,7 @@ CASES = [
         complex=True,
     ),
     Case(DoublyStochastic(), ((4, 4), (2, 3, 3), (1, 1)), _numpy(_sinkhorn)),
+    Case(DoublyStochastic(temperature=0.5), ((3, 3),), _numpy(_sinkhorn)),
     *(
         Case(
             kind(),
@@ -1040,7 +1066,8 @@ CASES = [
     Case(
         Stack([Symmetric(), PositiveDefinite()]),
         ((2, 3, 3),),
-        lambda x: torch.stack([x[0] + x[0].mT, x[1] @ x[1].mT / 4 + torch.eye(3, dtype=x.dtype)]),
+        lambda x: torch.stack([x[0] + x[0].mT, x[1] @ x[1].mH / 4 + torch.eye(3, dtype=x.dtype)]),
+        complex=True,
         log_det=lambda x: torch.cat(
             [
                 x[:9].reshape(3, 3).mT[torch.ones(3, 3).tril() == 1],

@@ -132,6 +132,9 @@ def test_calls_of_transforms_construct(row):
         "size": 2,
         "block_size": 2,
         "entries": 2,
+        "cap": 1.0,
+        "fraction": 0.5,
+        "format": "float8_e5m2",
         "forward": torch.exp,
         "constraint": torch.distributions.constraints.positive,
     }

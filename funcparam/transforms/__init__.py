@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._mask import Mask
     from funcparam.transforms._monarch import Monarch
     from funcparam.transforms._norm import WeightNorm
+    from funcparam.transforms._operator_norm import OperatorNorm
     from funcparam.transforms._ordered import Ordered
     from funcparam.transforms._orthogonal import Orthogonal, SpecialOrthogonal, Unitary
     from funcparam.transforms._orthogonal_conv import OrthogonalConv
@@ -111,6 +112,7 @@ _FAMILY_OF: Mapping[str, str] = {
     "Mask": "_mask",
     "Monarch": "_monarch",
     "WeightNorm": "_norm",
+    "OperatorNorm": "_operator_norm",
     "Ordered": "_ordered",
     "Orthogonal": "_orthogonal",
     "SpecialOrthogonal": "_orthogonal",
@@ -191,6 +193,7 @@ __all__ = [
     "Mask",
     "Monarch",
     "NMSparse",
+    "OperatorNorm",
     "Ordered",
     "Orthogonal",
     "OrthogonalConv",

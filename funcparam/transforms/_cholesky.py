@@ -14,7 +14,6 @@ from funcparam.transforms.contract.base import (
     State,
     Transform,
     expect_all,
-    expect_real,
     expect_square,
     largest,
 )
@@ -34,12 +33,13 @@ class CholeskyFactor(Transform[Tensor]):
     $$L = \operatorname{tril}(X, -1) + \operatorname{diag}(\operatorname{softplus}(X_{ii}))$$
 
     Raw has the shape of the value, `(..., n, n)`; its upper triangle is unused and starts at 0.
-    Real dtypes. A value of this kind is kept; of another one with a positive diagonal the lower
-    triangle is. Log-determinant over the lower triangle: the sum of $\log \sigma(X_{ii})$.
+    Real and complex, where of the diagonal of raw the real part counts. A value of this kind is
+    kept; of another one with a positive diagonal the lower triangle is. Log-determinant over the
+    lower triangle: the sum of $\log \sigma(X_{ii})$.
 
     Raises:
-        ValueError: at `fp.parametrize`, if the value is not square or not real; at init, if its
-            diagonal is not positive.
+        ValueError: at `fp.parametrize`, if the value is not square; at init, if its diagonal is not
+            positive.
 
     Example:
         >>> import torch
@@ -77,43 +77,51 @@ class CholeskyFactor(Transform[Tensor]):
         return vector.tril()
 
     def violation(self, value: Tensor, state: State) -> Tensor:
-        """The largest of |entry above the diagonal| and -diagonal."""
-        return torch.maximum(largest(value.triu(1)), largest((-_diagonal(value)).clamp_min(0)))
+        """The largest of |entry above the diagonal|, -diagonal and |its imaginary part|."""
+        diagonal = value.diagonal(dim1=-2, dim2=-1)
+        above = torch.maximum(largest(value.triu(1)), largest((-diagonal.real).clamp_min(0)))
+        return torch.maximum(above, largest(diagonal.imag)) if value.is_complex() else above
 
     @full_precision
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         return logsigmoid(_diagonal(raw)).sum()
 
     def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        if raw.is_complex():  # of the diagonal half an entry is
+            return super().free_in_raw(raw, state)
         return torch.ones_like(raw, dtype=torch.bool).tril()
 
     def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        if value.is_complex():
+            return super().free_in_value(value, state)
         return torch.ones_like(value, dtype=torch.bool).tril()
 
     def check(self, value: Tensor) -> None:
-        expect_real(self, value)
+        super().check(value)
         expect_square(self, value)
 
 
 @final
 @dataclass(frozen=True)
 class PositiveDefinite(Transform[Tensor]):
-    r"""Symmetric positive definite matrices, by their Cholesky factor.
+    r"""Symmetric or Hermitian positive definite matrices, by their Cholesky factor.
 
-    $$W = L L^T + \epsilon I, \qquad
+    $$W = L L^H + \epsilon I, \qquad
     L = \operatorname{tril}(X, -1) + \operatorname{diag}(\operatorname{softplus}(X_{ii}))$$
 
     Raw has the shape of the value, `(..., n, n)`; its upper triangle is unused and starts at 0.
-    Real dtypes. A symmetric value whose eigenvalues are above `eps` is kept; of any other value
-    the symmetric part is, if its eigenvalues are. The log-determinant is over the lower
-    triangle: $n \log 2 + \sum_i (n - i + 1) \log L_{ii} + \log \sigma(X_{ii})$.
+    Real, and complex, where of the diagonal of raw the real part counts and values are Hermitian.
+    A symmetric value whose eigenvalues are above `eps` is kept; of any other value the symmetric
+    part is, if its eigenvalues are. The log-determinant is over the lower triangle:
+    $n \log 2 + \sum_i (n - i + 1) \log L_{ii} + \log \sigma(X_{ii})$; over real and imaginary parts
+    of a complex one $n \log 2 + \sum_i (2 (n - i) + 1) \log L_{ii} + \log \sigma(X_{ii})$.
 
     Args:
         eps: what every eigenvalue is at least, which bounds the condition.
 
     Raises:
         ValueError: `eps` is negative or not finite; at `fp.parametrize`, if the value is not
-            square or not real; at init, if its symmetric part minus `eps` is not positive
+            square; at init, if its symmetric part minus `eps` is not positive
             definite.
 
     Example:
@@ -138,14 +146,14 @@ class PositiveDefinite(Transform[Tensor]):
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         L = _factor(raw)
-        gram = L @ L.mT
+        gram = L @ L.mH
         return gram + self._shift(gram) if self.eps else gram
 
     @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        gram = (value + value.mT) / 2
+        gram = (value + value.mH) / 2
         if self.eps:
             gram = gram - self._shift(gram)
         L, info = cast("tuple[Tensor, Tensor]", linalg.cholesky_ex(gram))
@@ -169,26 +177,31 @@ class PositiveDefinite(Transform[Tensor]):
         return (vector + vector.mT) / 2
 
     def violation(self, value: Tensor, state: State) -> Tensor:
-        """Largest |W - W^T|, or how far the least eigenvalue is below eps if that is more."""
-        spectrum: Tensor = linalg.eigvalsh((value + value.mT) / 2)
+        """Largest |W - W^H|, or how far the least eigenvalue is below eps if that is more."""
+        spectrum: Tensor = linalg.eigvalsh((value + value.mH) / 2)
         below = (self.eps - spectrum).clamp_min(0)
-        return torch.maximum(largest(value - value.mT), largest(below))
+        return torch.maximum(largest(value - value.mH), largest(below))
 
     @full_precision
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         X = _diagonal(raw)
         n = X.shape[-1]
         powers = torch.arange(n, 0, -1, dtype=X.dtype, device=X.device)
+        powers = 2 * powers - 1 if raw.is_complex() else powers
         return (log(2) + powers * log_softplus(X) + logsigmoid(X)).sum()
 
     def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        if raw.is_complex():  # of the diagonal half an entry is
+            return super().free_in_raw(raw, state)
         return torch.ones_like(raw, dtype=torch.bool).tril()
 
     def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        if value.is_complex():
+            return super().free_in_value(value, state)
         return torch.ones_like(value, dtype=torch.bool).tril()
 
     def check(self, value: Tensor) -> None:
-        expect_real(self, value)
+        super().check(value)
         expect_square(self, value)
 
     def _shift(self, gram: Tensor) -> Tensor:
@@ -196,7 +209,8 @@ class PositiveDefinite(Transform[Tensor]):
 
 
 def _diagonal(X: Tensor) -> Tensor:
-    return X.diagonal(dim1=-2, dim2=-1)
+    """The real part of the diagonal."""
+    return X.diagonal(dim1=-2, dim2=-1).real
 
 
 def _factor(raw: Tensor) -> Tensor:

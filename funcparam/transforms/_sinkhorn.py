@@ -7,7 +7,11 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
+from funcparam.transforms.contract.arguments import (
+    POSITIVE_INTEGER,
+    POSITIVE_NUMBER,
+    expect_argument,
+)
 from funcparam.transforms.contract.base import (
     State,
     Transform,
@@ -25,7 +29,7 @@ from funcparam.transforms.contract.roles import Role
 class DoublyStochastic(Transform[Tensor]):
     r"""Matrices of entries that are not negative, whose rows and columns sum to 1.
 
-    $$W = R(S^k(X)), \qquad S: \; L \leftarrow L - \operatorname{logsumexp}_j L, \quad
+    $$W = R(S^k(X / \tau)), \qquad S: \; L \leftarrow L - \operatorname{logsumexp}_j L, \quad
     L \leftarrow L - \operatorname{logsumexp}_i L$$
 
     Raw has the shape of the value, `(..., n, n)`, and holds logarithms. `k` steps of Sinkhorn's
@@ -38,13 +42,17 @@ class DoublyStochastic(Transform[Tensor]):
     number. Any other value that is not negative goes to the limit of Sinkhorn's iteration, the
     nearest doubly stochastic matrix in relative entropy, as far as the steps reach.
 
+    `forward(logits, {})` takes any logits `(..., n, n)`, those that a layer computes from its input
+    too, as the hyper-connections of mHC do.
+
     Args:
-        iterations: the number of steps `k`, positive. The closer `exp(X)` is to a permutation,
-            the more are needed to converge.
+        iterations: the number of steps `k`, positive. The closer `exp(X / temperature)` is to a
+            permutation, the more are needed to converge.
+        temperature: what logits are divided by, positive. A low one is near to a permutation.
 
     Raises:
-        ValueError: `iterations` is not positive; at `fp.parametrize`, if the value is not square
-            or not real; at init, if an entry is negative.
+        ValueError: `iterations` or `temperature` is not positive; at `fp.parametrize`, if the
+            value is not square or not real; at init, if an entry is negative.
 
     Example:
         >>> import torch
@@ -54,19 +62,22 @@ class DoublyStochastic(Transform[Tensor]):
                 [0.2689, 0.7311]])
 
     Source: Mena et al., Learning latent permutations with Gumbel-Sinkhorn networks,
-    arXiv 1802.08665, section 2; Altschuler et al., arXiv 1705.09634, algorithm 2 (rounding).
+    arXiv 1802.08665, section 2; Altschuler et al., arXiv 1705.09634, algorithm 2 (rounding); Xie et
+    al., mHC: Manifold-constrained hyper-connections, arXiv 2512.24880 (on activations).
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
     iterations: int = 20
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         expect_argument(self, "iterations", POSITIVE_INTEGER)
+        expect_argument(self, "temperature", POSITIVE_NUMBER)
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        logs = raw
+        logs = raw if self.temperature == 1 else raw / self.temperature
         for _ in range(self.iterations):
             logs = logs - logs.logsumexp(-1, keepdim=True)
             logs = logs - logs.logsumexp(-2, keepdim=True)
@@ -79,7 +90,8 @@ class DoublyStochastic(Transform[Tensor]):
         expect_all(
             self, value >= 0, "expects no negative entry; clamp the value or exponentiate it first"
         )
-        return value.clamp_min(torch.finfo(value.dtype).tiny).log(), {}
+        logs = value.clamp_min(torch.finfo(value.dtype).tiny).log()
+        return logs * self.temperature, {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest |row sum - 1|, |column sum - 1| or -entry."""
