@@ -25,10 +25,12 @@ Params = TypeVar("Params")
 
 
 @overload
-def parametrize(params: nn.Module, rules: Rules) -> Parametrization[dict[str, Tensor]]: ...
+def parametrize(
+    params: nn.Module, rules: Rules, *, ties: bool = False
+) -> Parametrization[dict[str, Tensor]]: ...
 @overload
-def parametrize(params: Params, rules: Rules) -> Parametrization[Params]: ...
-def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
+def parametrize(params: Params, rules: Rules, *, ties: bool = False) -> Parametrization[Params]: ...
+def parametrize(params: Any, rules: Rules, *, ties: bool = False) -> Parametrization[Any]:
     """Choose a transform for each weight by rules, and compose them into one function.
 
     A transform maps raw, the tensors that are trained, to the value, the weight that the network
@@ -80,13 +82,16 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
             several names because it is tied is one weight: a rule for one of its names is a rule
             for all. Buffers are picked by their whole name only, alone or in a pair. Names are
             those of `net.named_parameters()`; no rules at all, `[]`, is allowed.
+        ties: whether one tensor at several places of a tree is one weight, as it always is in a
+            module. In a tree it may as well be an initial value that several weights share.
 
     Returns:
         The parametrization, an immutable [`Parametrization`][funcparam.Parametrization].
 
     Raises:
         ValueError: a rule matches nothing (the closest names are said) or never applies; two
-            rules meet on a tie; a transform cannot serve a value's shape or dtype.
+            rules pick a tied weight, each by a name of its own; a transform cannot serve a value's
+            shape or dtype.
         TypeError: a selector, a transform or a leaf is not one.
 
     Example:
@@ -121,7 +126,7 @@ def parametrize(params: Any, rules: Rules) -> Parametrization[Any]:
         True
         >>> trained = fp.fold(net, p(raw, state))
     """
-    leaves, structure = flatten(params)
+    leaves, structure = flatten(params, ties=ties)
     chosen = select(rules, leaves)
     kept = [leaf for leaf in leaves if not leaf.is_buffer or leaf.names[0] in chosen]
     left = [leaf for leaf in leaves if leaf.is_buffer and leaf.names[0] not in chosen]

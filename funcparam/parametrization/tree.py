@@ -23,12 +23,13 @@ class Leaf:
     is_buffer: bool = False
 
 
-def flatten(tree: Any) -> tuple[list[Leaf], Structure | None]:
+def flatten(tree: Any, *, ties: bool = False) -> tuple[list[Leaf], Structure | None]:
     """List the leaves of a module or of a tree of tensors.
 
     Returns:
-        The leaves in order, those at several names once, and the structure; None for a module
-        and for a flat dictionary, whose tree is the dictionary of the names itself.
+        The leaves in order, and the structure; None for a module and for a flat dictionary, whose
+        tree is the dictionary of the names itself. What a module has at several names is one
+        leaf; what another tree has at several, only if `ties`.
 
     Raises:
         TypeError: a leaf is not a tensor.
@@ -36,12 +37,13 @@ def flatten(tree: Any) -> tuple[list[Leaf], Structure | None]:
     """
     if isinstance(tree, nn.Module):
         return [*_merge(_module_leaves(tree))], None
+    merge = _merge if ties else iter
     if _is_flat(tree):
-        return [*_merge(_named(tree))], None
+        return [*merge(_named(tree))], None
     from funcparam.parametrization.nested import flatten_nested  # optree is a third of the import
 
     named, structure = flatten_nested(tree)
-    return [*_merge(_named(named))], structure
+    return [*merge(_named(named))], structure
 
 
 def _module_leaves(module: nn.Module) -> Iterator[Leaf]:

@@ -16,8 +16,9 @@ class Mask(Transform[Tensor]):
 
     Raw has the shape of the value; state `{"mask"}` is a boolean tensor of that shape, the
     nonzero pattern of the value at init. `Mask()` takes no tensor: write another mask there,
-    `state[name]["mask"] = mask`, to choose or to prune further. Real and complex. Every value is
-    kept exactly. The log-determinant is 0 over the entries kept.
+    `state[name]["mask"] = mask`, to choose or to prune further; a mask of numbers is one of what is
+    not 0. Real and complex. Every value is kept exactly. The log-determinant is 0 over the entries
+    kept.
 
     Example:
         >>> import torch
@@ -29,7 +30,7 @@ class Mask(Transform[Tensor]):
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
         # where, not a product: 0 * inf would be nan
-        return torch.where(state["mask"], raw, 0)
+        return torch.where(state["mask"] != 0, raw, 0)
 
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
@@ -43,10 +44,10 @@ class Mask(Transform[Tensor]):
         return self.forward(vector, state)
 
     def violation(self, value: Tensor, state: State) -> Tensor:
-        """Largest |entry| where the mask is False. The mask in state is the constraint."""
+        """Largest |entry| where the mask is False or 0. The mask in state is the constraint."""
         if "mask" not in state:
             raise ValueError(f"{self!r} expects state with a 'mask', which is its constraint")
-        return largest(torch.where(state["mask"], 0, value))
+        return largest(torch.where(state["mask"] != 0, 0, value))
 
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         """Zero: entries are kept as they are, or are not free."""

@@ -47,7 +47,7 @@ class Sparse(Transform[Tensor]):
         expect_argument(self, "entries", POSITIVE_INTEGER)
 
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        mask = state["mask"]
+        mask = state["mask"] != 0  # a cast of all buffers makes numbers of it
         numbers = (mask.flatten().cumsum(0) - 1).clamp_min(0)
         return torch.where(mask, raw.gather(0, numbers).reshape(mask.shape), 0)
 
@@ -73,7 +73,7 @@ class Sparse(Transform[Tensor]):
         """Largest |entry| where the mask is False; without one, the largest but `entries`."""
         if "mask" not in state:
             _, state = self.right_inverse(value)
-        return largest(torch.where(state["mask"], 0, value))
+        return largest(torch.where(state["mask"] != 0, 0, value))
 
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         """Zero: entries are kept as they are."""

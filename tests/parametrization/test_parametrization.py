@@ -316,7 +316,7 @@ def test_integers_pass_through():
 def test_ties_of_a_plain_dictionary():
     shared = torch.rand(2)
     tree = {"a": shared, "b": shared, "c": torch.rand(2)}
-    p = fp.parametrize(tree, {"b": Positive()})
+    p = fp.parametrize(tree, {"b": Positive()}, ties=True)
     raw, state = p.init(tree)
     assert set(raw) == {"a", "c"}
     out = p(raw, state)
@@ -328,10 +328,27 @@ def test_ties_of_a_plain_dictionary():
         p({"b": raw["a"], "c": raw["c"]}, state)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_initial_value_of_two_weights_is_no_tie(nested):
+    zeros = torch.zeros(3)
+    tree = {"a": [zeros], "b": [zeros]} if nested else {"a": zeros, "b": zeros}
+    p = fp.parametrize(tree, [])
+    raw, _ = p.init(tree)
+
+    def loss(raw):
+        a, b = tree_leaves(p(raw))
+        return (a + 2 * b).sum()
+
+    assert [t.tolist() for t in tree_leaves(grad(loss)(raw))] == [[1, 1, 1], [2, 2, 2]]
+    tied = fp.parametrize(tree, [], ties=True)
+    (found,) = tree_leaves(grad(lambda raw: sum(tree_leaves(tied(raw))).sum())(tied.init(tree)[0]))
+    assert found.tolist() == [2, 2, 2]
+
+
 def test_copies_of_a_tie_are_equal_where_both_have_nan():
     a = torch.tensor([1.0, float("nan")])
     tree = {"a": a, "b": a, "c": torch.rand(2)}
-    p = fp.parametrize(tree, {"c": Positive()})
+    p = fp.parametrize(tree, {"c": Positive()}, ties=True)
     raw, _ = p.init({**tree, "b": a.clone()})
     torch.testing.assert_close(raw["a"], a, equal_nan=True)
     for other in (a.flip(0), a.nan_to_num(), a.double(), a[:1], a.to("meta")):

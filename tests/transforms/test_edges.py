@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.func import grad
 
+import funcparam as fp
 from funcparam.transforms import (
     IA3,
     AlmostOrthogonal,
     Chain,
     Mask,
     Orthogonal,
+    Sparse,
     SpectralNorm,
     WeightNorm,
     transform,
@@ -181,3 +184,23 @@ def test_half_precision_takes_state_by_name():
     new = SpectralNorm().update(raw, state=state)
     assert new["u"].dtype == new["v"].dtype == torch.float32
     assert SpectralNorm().forward(raw, state=state).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("transform", [Mask(), Sparse(3)], ids=str)
+def test_masks_may_be_numbers(transform):
+    """Casts of all buffers make numbers of a mask, and torch averages numbers only."""
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.weight[0, 0] = 0.0
+    model = fp.Parametrized(net, fp.parametrize(net, {"weight": transform}))
+    expected = model.values()["weight"].detach()
+    model.type(torch.float64)
+    assert model.state.weight.mask.dtype == torch.float64
+    torch.testing.assert_close(model.values()["weight"], expected.double())
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)
+    torch.testing.assert_close(average.module.values()["weight"], expected.double())
+    value, state = transform.forward(*transform.right_inverse(expected)), {"mask": expected != 0}
+    numbers = {"mask": 3.0 * state["mask"]}
+    assert transform.violation(value, numbers) == transform.violation(value, state) == 0

@@ -30,9 +30,11 @@ class TensorSpec:
     def admits(self, tensor: Tensor) -> bool:
         """Whether the shape is equal and the dtype is, up to precision.
 
-        Casting a whole network to another precision is ordinary; real to complex is not.
+        Casting a whole network to another precision is ordinary; real to complex is not. Some
+        casts, and averages, take booleans along: any number may stand for one.
         """
-        return tuple(tensor.shape) == self.shape and _kind(tensor.dtype) == _kind(self.dtype)
+        same = self.dtype == torch.bool or _kind(tensor.dtype) == _kind(self.dtype)
+        return tuple(tensor.shape) == self.shape and same
 
     def meta(self) -> Tensor:
         """Make a meta tensor of this shape and dtype."""
