@@ -14,6 +14,7 @@ from funcparam.parametrization.parametrize import parametrize
 from funcparam.training.groups import Groups, groups
 from funcparam.training.moves import move
 from funcparam.training.named import named, trainable
+from funcparam.training.projection import project_after, relative_steps, tangent_before
 from funcparam.transforms import Transform, transform
 
 if TYPE_CHECKING:
@@ -37,8 +38,11 @@ __all__ = [
     "move",
     "named",
     "parametrize",
+    "project_after",
     "recompute",
+    "relative_steps",
     "shells",
+    "tangent_before",
     "trainable",
     "transform",
     "transforms",

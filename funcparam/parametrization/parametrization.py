@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final
 
@@ -239,6 +240,47 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
                 state[name] = own
         return raw, state
 
+    # Values that are trained themselves
+
+    def project(self, params: Any, state: StateTree | None = None) -> Params:
+        """Take values to their constraints: the nearest ones, or those that a transform documents.
+
+        For weights that are trained as they are, and brought back after each step; see
+        [`project_after`][funcparam.project_after]. What no rule picks stays.
+
+        Args:
+            params: a module, or parameters as `p` returns them.
+            state: what `p.init` returned for them, where it is part of the constraint: a mask,
+                bounds, a radius.
+
+        Raises:
+            NotImplementedError: a transform has no projection; its name is said.
+        """
+        values = self._values(params)
+        own: StateTree = {} if state is None else state
+        for name, transform in self._transforms.items():
+            with self._named(name):
+                values[name] = transform.project(values[name], own.get(name, {}))
+        return self._build(values)
+
+    def tangent(self, params: Any, grads: Any, state: StateTree | None = None) -> Params:
+        """Project gradients onto the directions in which values can move, orthogonally.
+
+        Args:
+            params: values that satisfy their constraints.
+            grads: a vector for each, under the same names.
+            state: as for [`project`][..project].
+
+        Raises:
+            NotImplementedError: a transform has no tangent; its name is said.
+        """
+        values, vectors = self._values(params), self._values(grads)
+        own: StateTree = {} if state is None else state
+        for name, transform in self._transforms.items():
+            with self._named(name):
+                vectors[name] = transform.tangent(values[name], vectors[name], own.get(name, {}))
+        return self._build(vectors)
+
     # Looking
 
     def violation(self, params: Any, state: StateTree | None = None) -> dict[str, Tensor]:
@@ -356,6 +398,14 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
                     f"unknown name {name!r}: p was made without it; {closest(name, [*known])}"
                 )
         return {entry.name: value_of(entry, given) for entry in self.entries}
+
+    @contextmanager
+    def _named(self, name: str) -> Generator[None]:
+        """Begin the errors of a transform with the name of its weight."""
+        try:
+            yield
+        except (NotImplementedError, ValueError) as error:
+            raise type(error)(f"{name!r}: {error}") from error
 
     def _build(self, values: dict[str, Tensor]) -> Params:
         for alias, name in self._aliases.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -16,7 +16,7 @@ Chart: TypeAlias = Callable[[Tensors], Tensor]
 
 def tangent_part(forward: Callable[[Any], Tensor], raw: Any, vector: Tensor) -> Tensor:
     """Project a vector onto the image of the Jacobian `J` of `forward` at `raw`, orthogonally."""
-    own = dict(raw) if isinstance(raw, Mapping) else {"": raw}
+    own: Tensors = {"": raw} if isinstance(raw, Tensor) else dict(raw)
 
     def chart(x: Tensors) -> Tensor:
         return forward(x[""] if x.keys() == {""} else x)
