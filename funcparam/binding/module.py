@@ -399,7 +399,7 @@ class Parametrized(nn.Module):
             changed = changes(state, new)
             overwrite([c.old for c in changed], [c.new for c in changed])
             return values
-        changed = changes(state, self._ruled.update(_detached(raw), state))
+        changed = changes(state, self._ruled.update(raw, state))
         olds = [change.old for change in changed]
         used, kept = _settled(olds, [change.new for change in changed])
         overwrite(olds, kept)
@@ -444,13 +444,6 @@ def _settled(old: list[Tensor], new: list[Tensor]) -> tuple[Sequence[Tensor], Se
         return settled(old, new)
     found = settled_when_run(old, new)
     return found[: len(old)], found[len(old) :]
-
-
-def _detached(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: own.detach() if isinstance(own, Tensor) else _detached(own)
-        for name, own in raw.items()
-    }
 
 
 def _copied(tree: Any) -> Any:

@@ -80,7 +80,8 @@ class Expected:
             tensors += own.values()
         try:
             shapes, dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
-            metas = {t.is_meta for t in tensors}  # what a product with others makes garbage of
+            # A product of meta tensors and others is garbage; compilers raise for it by themselves.
+            metas = set() if torch.compiler.is_compiling() else {t.is_meta for t in tensors}
         except AttributeError:
             return False
         return len(metas) < 2 and shapes == self._shapes and dtypes == self._dtypes

@@ -25,7 +25,8 @@ def can_fuse(magnitude: Tensor, direction: Tensor) -> bool:
     They have no rules for `torch.func` transforms and forward mode, and a compiler fuses by itself.
     """
     return (
-        not _transforms_active()
+        not torch.compiler.is_compiling()
+        and not _transforms_active()
         and direction.dtype in (torch.float32, torch.float64)
         and magnitude.dtype == direction.dtype
         and type(direction) in (nn.Parameter, Tensor)
@@ -33,7 +34,6 @@ def can_fuse(magnitude: Tensor, direction: Tensor) -> bool:
         and direction.is_contiguous()
         and not direction.is_meta
         and direction.numel() > 0
-        and not torch.compiler.is_compiling()
         and getattr(forward_ad, "_current_level", 0) < 0
         and _weight_norm is not None
     )
