@@ -79,6 +79,12 @@ class Sparse(Transform[Tensor]):
         """Zero: entries are kept as they are."""
         return raw.real.new_zeros(())
 
+    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
+        return None
+
+    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
+        return state["mask"]
+
     def check(self, value: Tensor) -> None:
         super().check(value)
         if value.numel() < self.entries:

@@ -10,6 +10,9 @@ from funcparam.transforms import (
     Cat,
     Chain,
     Frozen,
+    Gain,
+    Hermitian,
+    Identity,
     LoRA,
     Mask,
     Ordered,
@@ -17,11 +20,14 @@ from funcparam.transforms import (
     Permute,
     Positive,
     PositiveDefinite,
+    Product,
     Reshape,
     Simplex,
     Skew,
+    Sparse,
     SpectralNorm,
     Stack,
+    Sum,
     Symmetric,
     Transpose,
     Triangular,
@@ -95,6 +101,23 @@ def _state(part):
 def test_log_determinant_of_what_has_nothing_free_is_zero():
     chain = Chain(Frozen(), Affine(2.0))
     assert chain.log_abs_det_jacobian(*chain.right_inverse(torch.ones(3))) == 0
+
+
+def test_log_determinant_behind_sparse_counts_its_entries():
+    chain = Chain(Sparse(2), Affine(2.0), Transpose(), Positive("exp"))
+    raw, state = chain.right_inverse(torch.tensor([[3.0, 2.0], [1.0, 4.0]], dtype=D))
+    expected = 2 * torch.tensor(2.0, dtype=D).log() + 2 * raw.sum()
+    torch.testing.assert_close(chain.log_abs_det_jacobian(raw, state), expected)
+
+
+def test_hermitian_values_do_not_say_what_is_free_in_front_of_others():
+    chain = Chain(Affine(2.0), Hermitian())
+    raw = torch.randn(3, 3, dtype=D)
+    state = {"0.scale": torch.tensor(2.0, dtype=D), "0.shift": torch.tensor(0.0, dtype=D)}
+    found = chain.log_abs_det_jacobian(raw, state)
+    torch.testing.assert_close(found, 9 * torch.tensor(2.0, dtype=D).log())
+    with pytest.raises(NotImplementedError, match="does not say which entries are free"):
+        Chain(Hermitian(), Transpose()).log_abs_det_jacobian(raw, {})
 
 
 def test_log_determinant_behind_a_cat_of_chains():
@@ -185,6 +208,12 @@ ADAPTED = [
     (Chain(Cat([LoRA(1), Positive()]), Affine(2.0)), (4, 4), {"0.A", "0.B"}),
     (Cat([Chain(LoRA(1), Transpose()), Chain(Affine(2.0), Positive())]), (4, 2), {"0.A", "0.B"}),
     (Chain(Positive(), Affine(2.0)), (4, 4), set()),
+    (Sum(Frozen(), Symmetric()), (3, 3), {"1"}),
+    (Sum(Positive(), Symmetric()), (3, 3), set()),
+    (Product(Frozen(), Identity(), inner="in"), (3, 4), {"1"}),
+    (Gain(LoRA(1)), (3, 3), {"gain", "0.A", "0.B"}),
+    (Gain(Frozen()), (3, 3), {"gain"}),
+    (Gain(Orthogonal()), (3, 3), set()),
 ]
 
 
