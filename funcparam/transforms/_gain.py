@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms._frozen import Frozen
-from funcparam.transforms._parts import Parts, checked_parts, merged
+from funcparam.transforms._parts import (
+    Parts,
+    checked_parts,
+    in_the_weights_dtype,
+    merged,
+)
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument
 from funcparam.transforms.contract.base import AnyTransform, State, expect_dim
 from funcparam.transforms.contract.precision import full_precision
@@ -75,10 +80,8 @@ class Gain(Parts):
             return self.part.is_adapter or isinstance(self.part, Frozen)
         return super().adapts(key)
 
-    @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        ((part, X, own),) = self.each(raw, state)
-        return self._scaled(part.forward(X, own), raw["gain"])
+        return in_the_weights_dtype(self._value(raw, state), state)
 
     @full_precision
     def right_inverse(
@@ -115,3 +118,8 @@ class Gain(Parts):
         if self.dim is None:
             return gain * direction
         return (direction.movedim(self.dim, -1) * gain).movedim(-1, self.dim)
+
+    @full_precision
+    def _value(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        ((part, X, own),) = self.each(raw, state)
+        return self._scaled(part.forward(X, own), raw["gain"])

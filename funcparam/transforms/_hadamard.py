@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms._frozen import Frozen
-from funcparam.transforms._parts import Parts, checked_parts, merged
+from funcparam.transforms._parts import (
+    Parts,
+    checked_parts,
+    in_the_weights_dtype,
+    merged,
+)
 from funcparam.transforms.contract.base import AnyTransform, State
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
@@ -63,9 +68,8 @@ class Hadamard(Parts):
         """Beside a frozen part the others are what is added to it, and are trained."""
         return super().adapts(key) or any(isinstance(part, Frozen) for part in self.parts)
 
-    @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return reduce(torch.mul, [part.forward(X, own) for part, X, own in self.each(raw, state)])
+        return in_the_weights_dtype(self._value(raw, state), state)
 
     @full_precision
     def right_inverse(
@@ -92,6 +96,10 @@ class Hadamard(Parts):
     def check(self, value: Tensor) -> None:
         for part in self.parts:
             part.check(value)
+
+    @full_precision
+    def _value(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        return reduce(torch.mul, [part.forward(X, own) for part, X, own in self.each(raw, state)])
 
 
 def _ratio(value: Tensor, divisor: Tensor) -> Tensor:

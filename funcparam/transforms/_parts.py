@@ -52,6 +52,15 @@ class Parts(Transform[Mapping[str, Tensor]]):
             yield part, own_raw(raw, str(i)), own_tensors(state, i)
 
 
+def in_the_weights_dtype(value: Tensor, state: State) -> Tensor:
+    """A value that raw of a higher precision may have been added to, as the weight in state is."""
+    for key, tensor in state.items():
+        kept = key.rpartition(".")[2] in ("value", "base")
+        if kept and tensor.is_floating_point() and value.is_floating_point():
+            return value.to(tensor.dtype)
+    return value
+
+
 def checked_parts(kind: str, parts: Iterable[AnyTransform]) -> tuple[AnyTransform, ...]:
     """Return the parts as a tuple; raise unless they are transforms, and at least one."""
     parts = tuple(parts)

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._low_rank import balanced_factors, singular_value
-from funcparam.transforms._parts import Parts, checked_parts, merged
+from funcparam.transforms._parts import (
+    Parts,
+    checked_parts,
+    in_the_weights_dtype,
+    merged,
+)
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument, expect_choice
 from funcparam.transforms.contract.base import AnyTransform, State, expect_filled, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
@@ -85,11 +90,8 @@ class Product(Parts):
         """Beside a frozen part the others are what is added to it, and are trained."""
         return super().adapts(key) or any(isinstance(part, Frozen) for part in self.parts)
 
-    @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return reduce(
-            torch.matmul, [part.forward(X, own) for part, X, own in self.each(raw, state)]
-        )
+        return in_the_weights_dtype(self._value(raw, state), state)
 
     @full_precision
     def right_inverse(
@@ -149,6 +151,12 @@ class Product(Parts):
         for part, rows, columns in zip(self.parts, sides, sides[1:], strict=False):
             shape = (*value.shape[:-2], rows, columns)
             part.check(torch.empty(shape, dtype=value.dtype, device="meta"))
+
+    @full_precision
+    def _value(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        return reduce(
+            torch.matmul, [part.forward(X, own) for part, X, own in self.each(raw, state)]
+        )
 
 
 def _identity(like: Tensor, dim: int) -> Tensor:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms._frozen import Frozen
-from funcparam.transforms._parts import Parts, checked_parts, merged
+from funcparam.transforms._parts import (
+    Parts,
+    checked_parts,
+    in_the_weights_dtype,
+    merged,
+)
 from funcparam.transforms.contract.base import AnyTransform, State
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
@@ -71,9 +76,8 @@ class Sum(Parts):
         """Beside a frozen part the others are what is added to it, and are trained."""
         return super().adapts(key) or any(isinstance(part, Frozen) for part in self.parts)
 
-    @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return reduce(torch.add, [part.forward(X, own) for part, X, own in self.each(raw, state)])
+        return in_the_weights_dtype(self._value(raw, state), state)
 
     @full_precision
     def right_inverse(
@@ -119,3 +123,7 @@ class Sum(Parts):
         each = list(self.each(raw, state))
         trained = [item for item in each if not isinstance(item[0], Frozen)]
         return trained, [item for item in each if isinstance(item[0], Frozen)]
+
+    @full_precision
+    def _value(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        return reduce(torch.add, [part.forward(X, own) for part, X, own in self.each(raw, state)])

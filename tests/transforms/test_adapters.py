@@ -22,6 +22,7 @@ from peft import (
 from peft.tuners.boft import layer as boft_layer
 from torch import nn
 
+import funcparam as fp
 from funcparam.transforms import (
     BOFT,
     HRA,
@@ -347,3 +348,33 @@ def test_factors_of_zero_train():
         transform.forward(raw, state).square().sum().backward()
         moved = {key: (t - 0.1 * t.grad).detach() for key, t in raw.items()}
         assert ((transform.forward(moved, state) - W).abs() > 1e-8).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Sum(Frozen(), LowRank(2)),
+        Sum(LowRank(2), Frozen()),
+        RECIPES["hira"](2),
+        RECIPES["psoft"](2),
+        Gain(Frozen()),
+    ],
+    ids=str,
+)
+def test_a_frozen_weight_in_half_precision_with_raw_in_float32(transform):
+    """The usual way to fine-tune: raw trains, the value is of the weight's dtype, rounded once."""
+    net = nn.Linear(6, 5, dtype=torch.bfloat16).requires_grad_(False)
+    p = fp.parametrize(net, {"weight": transform})
+    raw, state = p.init(net)
+    wide = {key: t.float() + 0.1 for key, t in raw["weight"].items()}
+    value = transform.forward(wide, state["weight"])
+    assert value.dtype == torch.bfloat16
+    exact = transform.forward(
+        {key: t.double() for key, t in wide.items()},
+        {key: t.double() for key, t in state["weight"].items()},
+    )
+    assert (value != exact.bfloat16()).sum() <= 1  # of float32 and of bfloat16, but once
+    model = fp.Parametrized(net, p)
+    model(torch.randn(2, 6, dtype=torch.bfloat16)).sum().backward()
+    assert all(t.grad is not None for t in model.raw.parameters())
+    assert len(list(model.raw.parameters())) >= len(raw["weight"])
