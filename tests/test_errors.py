@@ -143,6 +143,35 @@ def one_of_two():
     register(net.encoder, Symmetric())
 
 
+def in_bound(net, values):
+    with fp.bound(net, values):
+        pass
+
+
+def shell_with(change):
+    """Call a shell after its network was changed."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    model = fp.Parametrized(net, fp.parametrize(net, {"*.weight": WeightNorm(dim=None)}))
+    change(model)
+    model(torch.ones(1, 3))
+
+
+def without_a_layer():
+    net = nn.Sequential(nn.Linear(512, 512), nn.Linear(2, 2))
+    call = fp.recompute(net, p := fp.parametrize(net, {"0.weight": WeightNorm()}))
+    raw, state = p.init(net)
+    del net[0]
+    with torch.enable_grad():
+        call(raw, state, torch.ones(1, 2))
+
+
+def of_another_network(folder):
+    norm = nn.BatchNorm1d(3)
+    model = fp.Parametrized(norm, fp.parametrize(norm, {"weight": WeightNorm(dim=None)}))
+    fp.checkpoint.save(model.state_dict(), f"{folder}/a.pt")
+    fp.Parametrized.from_checkpoint(nn.LayerNorm(3), f"{folder}/a.pt")
+
+
 def hooked(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's weight_norm is deprecated

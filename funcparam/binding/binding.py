@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from funcparam.binding import checkpoints
+from funcparam.binding import watch
 from funcparam.binding.places import Place, Places, changed
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Binding:
     """A block in which a network has the tensors of one call in the place of its own.
 
     Other threads wait for its end; the same one may bind again, inside. A checkpoint in the block
-    takes the binding along: see `checkpoints`.
+    takes the binding along: see `watch`.
 
     Args:
         lock: the network's.
@@ -60,11 +60,11 @@ class Binding:
         self._taken = taken
         if self._reading is not None:
             self._block = self._reading.block()
-        checkpoints.push(self)
+        watch.push(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        checkpoints.pop()
+        watch.pop()
         if self._block is not None:
             self._block.close()
         self.places.put_back(self._taken)

@@ -80,11 +80,9 @@ def place(root: nn.Module, path: str, tensor: Tensor) -> None:
     """
     *parents, local = path.split(".")
     for parent in parents:
-        root = cast("nn.Module", root._modules.setdefault(parent, Held()))
-    if isinstance(tensor, nn.Parameter):
-        root._parameters[local] = tensor
-    else:
-        root._buffers[local] = tensor
+        root = vars(root)["_modules"].setdefault(parent, Held())
+    table = "_parameters" if isinstance(tensor, nn.Parameter) else "_buffers"
+    vars(root)[table][local] = tensor
 
 
 class Change(NamedTuple):

@@ -12,7 +12,10 @@ from funcparam.binding.places import Place
 
 _KEY = "funcparam"
 
-_LOUD = nn.Linear, nn.Bilinear, nn.Embedding, nn.modules.conv._ConvNd, nn.RNNBase
+_LOUD = (
+    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.RNNBase),
+    nn.modules.conv._ConvNd,  # pyright: ignore[reportPrivateUsage]
+)
 """Layers that cannot do without their weight; without a bias or a scale many can."""
 
 

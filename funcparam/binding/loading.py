@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from funcparam.binding.dotted import paths
 from funcparam.binding.sharding import sharded_like
+from funcparam.parametrization.parametrization import Parametrization
 
-if TYPE_CHECKING:
-    from funcparam.binding.module import Parametrized
+
+class Shell(Protocol):
+    """What is said here of a shell."""
+
+    @property
+    def parametrization(self) -> Parametrization[dict[str, Tensor]]:
+        """Its parametrization."""
+        ...
+
+    def state_dict(self, *, keep_vars: bool) -> Mapping[str, Any]:
+        """Its tensors."""
+        ...
 
 
 def respell(
-    model: Parametrized, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
+    model: Shell, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
 ) -> None:
     """Give the tensors below `prefix` the keys that the shell has for them, in place.
 
@@ -44,14 +55,14 @@ def respell(
         state_dict[prefix + key] = tensor
 
 
-def say(model: Parametrized, metadata: dict[str, Any]) -> None:
+def say(model: Shell, metadata: dict[str, Any]) -> None:
     """Say which transforms wrote raw and state, where a file keeps the versions of modules."""
     from funcparam.checkpoint._spec import KEY, description
 
     metadata[KEY] = description(model.parametrization)
 
 
-def _is_by(model: Parametrized, metadata: Mapping[str, Any]) -> bool:
+def _is_by(model: Shell, metadata: Mapping[str, Any]) -> bool:
     from funcparam.checkpoint._spec import KEY, description
 
     return metadata.get(KEY) in (None, description(model.parametrization))
@@ -77,7 +88,7 @@ def _plain(key: str, prefix: str, names: list[str]) -> str:
     return prefix + next(n for n in names if rest == n or rest.startswith(f"{n}."))
 
 
-def _renewed(model: Parametrized, given: Mapping[str, Any]) -> dict[str, Any]:
+def _renewed(model: Shell, given: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of before the network was a child: `raw` of what has no rule, and `net_buffers`."""
     entries = [entry for entry in model.parametrization.entries if entry.transform is None]
     ties = {f"raw.{entry.name}": entry.names for entry in entries}
@@ -93,7 +104,7 @@ def _renewed(model: Parametrized, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(
-    model: Parametrized,
+    model: Shell,
     given: Mapping[str, Any],
     metadata: Mapping[str, Any],
     own: Mapping[str, Any],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache, wraps
-from inspect import ismethod, signature
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from inspect import ismethod
 from os import PathLike
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -28,17 +28,17 @@ from funcparam.binding.dotted import (
 from funcparam.binding.evaluation import Evaluation, Values
 from funcparam.binding.fold import copy_of
 from funcparam.binding.guard import guard, unguard
+from funcparam.binding.kinds import kind
+from funcparam.binding.making import evolves, gathered, parts_of
 from funcparam.binding.modes import fx_tracer
-from funcparam.binding.pins import is_checkpointed, settled, settled_when_run
+from funcparam.binding.pins import is_checkpointed, settle
 from funcparam.binding.places import Place, lock_of
 from funcparam.binding.sharding import whole
 from funcparam.binding.slots import Slots, places
 from funcparam.parametrization.boundary import Entry
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.table import Table
-from funcparam.parametrization.tree import flatten
-from funcparam.transforms.contract.base import Raw, State, Transform
-from funcparam.transforms.contract.signature import describe
+from funcparam.transforms.contract.base import Raw, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,10 +108,12 @@ class Parametrized(nn.Module):
     _base: ClassVar[type[Parametrized]]
     _made_for: ClassVar[type[nn.Module]]
 
-    def __new__(cls, net: nn.Module | None = None, *_: Any, **__: Any) -> Self:
-        """Make one of the class that has the signature of the network's `forward`."""
-        kind = cls if net is None else _kind(cls.__dict__.get("_base", cls), type(net))
-        return cast("Self", super().__new__(kind))
+    if not TYPE_CHECKING:  # which should see the arguments of __init__ alone
+
+        def __new__(cls, net: Any = None, *_: Any, **__: Any) -> Any:
+            """Make one of the class that has the signature of the network's `forward`."""
+            own = cls if net is None else _kind(cls.__dict__.get("_base", cls), type(net))
+            return super().__new__(own)
 
     def __init__(
         self,
@@ -123,53 +125,32 @@ class Parametrized(nn.Module):
         generator: torch.Generator | None = None,
         recompute: bool = False,
     ) -> None:
-        self.set_up(net, p, {}, raw, state, generator=generator, recompute=recompute)
+        self.set_up(net, p, {}, (raw, state), generator, recompute=recompute)
 
     def set_up(
         self,
         net: nn.Module,
         p: Parametrization[dict[str, Tensor]],
         memo: dict[int, Any],
-        raw: Mapping[str, Raw] | None = None,
-        state: Mapping[str, State] | None = None,
+        given: tuple[Mapping[str, Raw] | None, Mapping[str, State] | None],
+        generator: torch.Generator | None,
         *,
-        generator: torch.Generator | None = None,
-        recompute: bool = False,
+        recompute: bool,
     ) -> None:
         """Do what making one does, with what is copied already in a memo of deepcopy."""
         super().__init__()
-        if not isinstance(p, Parametrization):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"expected a parametrization; got {describe(p)}. fp.parametrize(net, rules) makes"
-                " one"
-            )
-        values = p._values(net)  # pyright: ignore[reportPrivateUsage]
-        _expect_same_ties(net, p)
-        ruled = Parametrization[dict[str, Tensor]](
-            tuple(entry for entry in p.entries if entry.transform is not None), None
-        )
-        if raw is None and state is None:
-            own = ruled.init({e.name: values[e.name] for e in ruled.entries}, generator=generator)
-            raw, state, given = *own, {}
-        else:
-            raw, state = _copied(raw or {}), _copied(state or {})
-            p._check(raw, state)  # pyright: ignore[reportPrivateUsage]
-            given = {e.name: raw[e.name] for e in p.entries if e.transform is None}
-        self.parametrization, self._ruled, self.recompute = p, ruled, recompute
-        self._layout = list(map(layout, ruled.entries))
-        self._flags = {e.name: values[e.name].requires_grad for e in ruled.entries}
-        self.net = _emptied(net, memo, values, ruled.entries, given)
-        self.raw, self.state = Held(), Held()
-        buffers = {leaf.names[0] for leaf in flatten(net)[0] if leaf.is_buffer}
+        parts = parts_of(net, p, memo, given, generator)
+        ruled = self._ruled = parts.ruled
+        self.parametrization, self.recompute = p, recompute
+        self._layout, self._flags = list(map(layout, ruled.entries)), parts.flags
+        self.net, self.raw, self.state = parts.net, Held(), Held()
         for entry in ruled.entries:
-            self._hold(entry, raw[entry.name], state.get(entry.name, {}), entry.name in buffers)
-        parameters = {name for e in ruled.entries if e.name not in buffers for name in e.names}
-        self._evolves = any(
-            e.signature.state and type(e.transform).update is not Transform.update
-            for e in ruled.entries
-        )
-        self._evaluation = Evaluation(ruled, parameters, recompute=recompute)
-        guard(at for own in self._looked_up().at.values() for at in own)
+            state = parts.state.get(entry.name, {})
+            self._hold(entry, parts.raw[entry.name], state, entry.name in parts.buffers)
+        names = {name for entry in ruled.entries for name in entry.names}
+        self._evaluation = Evaluation(ruled, names - parts.buffers, recompute=recompute)
+        self._evolves = evolves(ruled)
+        guard(place for own in self._looked_up().at.values() for place in own)
         self.register_load_state_dict_post_hook(loading.in_words_of_the_file)
         self.training = net.training
 
@@ -304,7 +285,7 @@ class Parametrized(nn.Module):
     def fold_with(self, memo: dict[int, Any]) -> nn.Module:
         """The same with what is copied already in a memo of deepcopy."""
         values = self._ruled(*whole(self._own()))
-        memo |= {i: own for i, own in _gathered(self._net).items() if i not in memo}
+        memo |= {i: own for i, own in gathered(self._net).items() if i not in memo}
         net = copy_of(self._net, memo)
         unguard(net)
         for entry in self._ruled.entries:
@@ -337,7 +318,8 @@ class Parametrized(nn.Module):
 
         found = read(load(path), known=known)
         model = cls(net, found.p, raw=found.raw, state=found.state)
-        unexpected = model.net.load_state_dict(found.others, strict=False).unexpected_keys
+        loaded: Any = model.net.load_state_dict(found.others, strict=False)
+        unexpected: list[str] = loaded.unexpected_keys
         if unexpected:
             names = ", ".join(map(repr, unexpected))
             raise ValueError(f"the file is of another network, which has {names}")
@@ -353,12 +335,12 @@ class Parametrized(nn.Module):
         state_dict: dict[str, Any],
         prefix: str,
         local_metadata: Any,
-        strict: bool,  # noqa: FBT001
-        *lists: Any,
+        *rest: Any,
+        **kwargs: Any,
     ) -> None:
         """Take checkpoints in any spelling; of one in this module's own, everything is as usual."""
         loading.respell(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest, **kwargs)
 
     def __reduce_ex__(self, _: Any) -> Any:
         own = {name: item for name, item in self.__dict__.items() if name != "_slots"}
@@ -401,7 +383,7 @@ class Parametrized(nn.Module):
             return values
         changed = changes(state, self._ruled.update(raw, state))
         olds = [change.old for change in changed]
-        used, kept = _settled(olds, [change.new for change in changed])
+        used, kept = settle(olds, [change.new for change in changed])
         overwrite(olds, kept)
         evolved = {name: dict(own) for name, own in state.items()}
         for change, tensor in zip(changed, used, strict=True):
@@ -425,65 +407,8 @@ class Parametrized(nn.Module):
         return places(self._net, entry.names)
 
 
-def _emptied(
-    net: nn.Module,
-    memo: dict[int, Any],
-    values: Mapping[str, Tensor],
-    ruled: Sequence[Entry],
-    given: Mapping[str, Any],
-) -> nn.Module:
-    """Copy the network without the weights that have a rule, and with others that are given."""
-    memo |= {id(values[entry.name]): None for entry in ruled}
-    for name, tensor in given.items():
-        memo[id(values[name])] = nn.Parameter(tensor, requires_grad=values[name].requires_grad)
-    return copy_of(net, memo)
-
-
-def _settled(old: list[Tensor], new: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    if not torch.compiler.is_compiling():
-        return settled(old, new)
-    found = settled_when_run(old, new)
-    return found[: len(old)], found[len(old) :]
-
-
-def _copied(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {name: _copied(item) for name, item in cast("Mapping[str, Any]", tree).items()}
-    return tree.detach().clone() if isinstance(tree, Tensor) else tree
-
-
-def _gathered(net: nn.Module) -> dict[int, Any]:
-    """The sharded parameters of a network, whole."""
-    sharded = [own for own in net.parameters() if whole(own) is not own]
-    return {id(own): nn.Parameter(whole(own).detach(), own.requires_grad) for own in sharded}
-
-
-def _expect_same_ties(net: nn.Module, p: Parametrization[dict[str, Tensor]]) -> None:
-    """Raise unless every parameter of `net` is an entry of `p` under the same names."""
-    expected = {entry.names for entry in p.entries}
-    for leaf in flatten(net)[0]:
-        if not leaf.is_buffer and leaf.names not in expected:
-            raise ValueError(
-                f"{leaf.names[0]!r}: expected the ties of the network that p was made for; got"
-                f" {' = '.join(leaf.names)}. Make p with fp.parametrize(net, rules)"
-            )
-
-
-@cache
 def _kind(base: type[Parametrized], net: type[nn.Module]) -> type[Parametrized]:
-    """The class of shells of networks of a class, which differs in the signature of `forward`.
-
-    Trainers look there for what a model takes. One for each class: equal models have equal types.
-    """
-    own: dict[str, Any] = {"_base": base, "_made_for": net, "__module__": base.__module__}
-    if base.forward is Parametrized.forward:
-        call = Parametrized.forward
-        forward = FunctionType(call.__code__, call.__globals__, "forward")
-        forward.__doc__ = net.forward.__doc__ or call.__doc__
-        with suppress(TypeError, ValueError):  # some are made in C
-            cast("Any", forward).__signature__ = signature(net.forward)
-        own["forward"] = forward
-    return type(f"{base.__name__}[{net.__name__}]", (base,), own)
+    return kind(base, net, cast("FunctionType", Parametrized.forward))
 
 
 def _blank(base: type[Parametrized], net: type[nn.Module]) -> Parametrized:

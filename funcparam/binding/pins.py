@@ -76,6 +76,14 @@ def settled(
     return used, old if again else new
 
 
+def settle(old: list[Tensor], new: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The same, also for a compiler."""
+    if not torch.compiler.is_compiling():
+        return settled(old, new)
+    found = settled_when_run(old, new)
+    return found[: len(old)], found[len(old) :]
+
+
 def _code_in(function: Any, name: str) -> CodeType | None:
     """The code of a function that is defined inside of another one."""
     consts = function.__code__.co_consts
@@ -90,7 +98,7 @@ _REENTRANT_AGAIN = _checkpoint.CheckpointFunction.backward.__code__
 
 def _regions() -> Iterator[_Region]:
     """The checkpoints that run, innermost first."""
-    frame = sys._getframe()
+    frame = sys._getframe()  # pyright: ignore[reportPrivateUsage]
     while frame is not None:
         code = frame.f_code
         if code is _FORWARD and (made := frame.f_locals.get("gen")) is not None:

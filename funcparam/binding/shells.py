@@ -87,7 +87,7 @@ def shells(
     memo: dict[int, Any] = {}  # one for all, so that other ties across blocks stay
     for home, own in homes.items():
         module = net.get_submodule(home)
-        shell = Parametrized.__new__(Parametrized, module)
+        shell = cast("Any", Parametrized).__new__(Parametrized, module)
         shell.set_up(
             module, parametrize(module, own), memo, generator=generator, recompute=recompute
         )

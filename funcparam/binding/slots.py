@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from funcparam.binding.checkpoints import is_bound
 from funcparam.binding.places import Place, Places, lock_of
+from funcparam.binding.watch import is_bound
 
 _get = cast("Any", dict.get)
 
@@ -52,7 +52,7 @@ class Slots:
     def expect_empty(self) -> None:
         """Raise if somebody wrote to a slot, whose tensor would be neither used nor kept."""
         tables, keys = self.every.tables, self.every.keys
-        found = list(map(_get, tables, keys))
+        found: list[Any] = list(map(_get, tables, keys))
         if not any(map(is_not, found, repeat(None))) and all(map(contains, tables, keys)):
             return
         for name, own in self.at.items():

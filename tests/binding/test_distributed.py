@@ -95,7 +95,7 @@ def blocks():
 
 
 def trained_in_blocks(rank, kind):
-    """What it learns, and what its methods do, with a shell around each block, all sharded."""
+    """What it learns, and what methods do, with a sharded shell around each block."""
     net, x = blocks()
     model = fp.shells(net, IN_BLOCKS, block=Block)
     if "around" in kind:
