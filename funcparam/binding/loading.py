@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcparam.binding.dotted import paths
 from funcparam.binding.sharding import sharded_like
 from funcparam.parametrization.parametrization import Parametrization
+from funcparam.parametrization.parametrize import parametrize
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from funcparam.checkpoint import Contents
 
 
 class Shell(Protocol):
@@ -53,6 +59,42 @@ def respell(
         if isinstance(held, Tensor) and isinstance(tensor, Tensor):
             tensor = sharded_like(held, tensor)
         state_dict[prefix + key] = tensor
+
+
+def contents_for(
+    net: nn.Module,
+    file: str | PathLike[str] | Mapping[str, Any],
+    p: Parametrization[dict[str, Tensor]] | None,
+    known: Mapping[str, Any] | None,
+) -> tuple[Contents, Parametrization[dict[str, Tensor]]]:
+    """Read a file for a network, by its own transforms unless `p` is given."""
+    from funcparam.checkpoint import load, parametrization, read
+
+    given = file if isinstance(file, Mapping) else load(file)
+    if p is None:
+        by_file = parametrization(given, known=known)
+        try:
+            p = parametrize(net, dict(by_file))
+        except ValueError as error:
+            raise ValueError(f"the file is of another network: {error}") from error
+    return read(given, p, buffers=p.buffers, known=known), p
+
+
+def load_others(net: nn.Module, contents: Contents) -> None:
+    """Load what is neither raw nor state, all of it, by the network's own rules.
+
+    Raises:
+        ValueError: there is more, or less, than the network has.
+    """
+    keys = net.load_state_dict(contents.others, strict=False)
+    parameters = {name for entry in contents.p.entries for name in entry.names}
+    if more := [contents.keys[name] for name in keys.unexpected_keys]:
+        raise ValueError(f"the file is of another network, which has {', '.join(map(repr, more))}")
+    if missing := [repr(name) for name in keys.missing_keys if name not in parameters]:
+        raise ValueError(
+            f"the file has no {', '.join(missing)}, which the network keeps beside its parameters:"
+            " save it with the network, checkpoint.write(p, raw, state, net)"
+        )
 
 
 def say(model: Shell, metadata: dict[str, Any]) -> None:

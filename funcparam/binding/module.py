@@ -300,7 +300,12 @@ class Parametrized(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, net: nn.Module, path: str | PathLike[str], *, known: Mapping[str, Any] | None = None
+        cls,
+        net: nn.Module,
+        file: str | PathLike[str] | Mapping[str, Any],
+        p: Parametrization[dict[str, Tensor]] | None = None,
+        *,
+        known: Mapping[str, Any] | None = None,
     ) -> Self:
         """Make one of a network and a file that says which transforms wrote it.
 
@@ -308,21 +313,28 @@ class Parametrized(nn.Module):
 
         Args:
             net: a network as the file's was; it is copied.
-            path: what [`checkpoint.load`][funcparam.checkpoint.load] takes.
+            file: what [`checkpoint.load`][funcparam.checkpoint.load] takes, or returns.
+            p: a parametrization of `net`, where the file does not say its transforms, or others
+                are wanted.
             known: as for [`checkpoint.parametrization`][funcparam.checkpoint.parametrization].
 
         Raises:
-            ValueError: the file does not say its transforms, or is of another network.
-        """
-        from funcparam.checkpoint import load, read
+            ValueError: the file does not say its transforms, and there is no `p`; or it is of
+                another network.
 
-        found = read(load(path), known=known)
-        model = cls(net, found.p, raw=found.raw, state=found.state)
-        loaded: Any = model.net.load_state_dict(found.others, strict=False)
-        unexpected: list[str] = loaded.unexpected_keys
-        if unexpected:
-            names = ", ".join(map(repr, unexpected))
-            raise ValueError(f"the file is of another network, which has {names}")
+        Example:
+            >>> import torch, funcparam as fp
+            >>> from funcparam.transforms import Positive
+            >>> net = torch.nn.Linear(3, 2)  # of which some weights are negative
+            >>> p = fp.parametrize(net, {"weight": Positive()})
+            >>> values = {name: tensor.exp() for name, tensor in net.state_dict().items()}
+            >>> file = fp.checkpoint.write(p, *p.init(values))
+            >>> fp.Parametrized.from_checkpoint(net, file).parametrization == p
+            True
+        """
+        found, p = loading.contents_for(net, file, p, known)
+        model = cls(net, p, raw=found.raw, state=found.state)
+        loading.load_others(model.net, found)
         return model
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001

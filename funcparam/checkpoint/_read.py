@@ -23,11 +23,12 @@ from funcparam.parametrization.boundary import (
     are_equal,
     check_raw_tree,
     check_state_tree,
+    distance_moved,
     expect_finite,
 )
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.transforms._spellings import Spelling, infer, spellings
-from funcparam.transforms.contract.base import State, readable
+from funcparam.transforms.contract.base import State
 from funcparam.transforms.contract.signature import TensorSpec, describe
 
 
@@ -234,7 +235,7 @@ class _Reader:
         except (NotImplementedError, ValueError) as error:
             raise ValueError(f"{name!r} is stored as its value, but {error}") from error
         stored = self.tensors[self.view.keys[item.keys[0][1]]]
-        by = _distance(fitted, _value(entry, raw, state), stored.dtype)
+        by = distance_moved(fitted, _value(entry, raw, state), stored.dtype)
         if by:
             self.moved[self.view.names[entry.name]] = by
         return raw, state
@@ -249,16 +250,6 @@ class _Reader:
 def _value(entry: Entry, raw: Any, state: State) -> Tensor:
     with torch.no_grad():
         return raw if entry.transform is None else entry.transform.forward(raw, state)
-
-
-def _distance(value: Tensor, projected: Tensor, stored: torch.dtype) -> float:
-    """How far the entry went that moved most; 0 where that is rounding."""
-    inexact = value.is_floating_point() or value.is_complex()
-    if not inexact or value.numel() == 0 or not (readable(value) and readable(projected)):
-        return 0.0
-    by, size = (projected - value).abs().max(), value.abs().max()
-    rounding = max(torch.finfo(dtype).eps for dtype in (value.dtype, stored)) ** 0.5
-    return float(by) if bool(by > rounding * size.clamp_min(rounding)) else 0.0
 
 
 def _spelling(entry: Entry, style: str, parts: Set[str]) -> Spelling | None:

@@ -18,7 +18,7 @@ from funcparam.parametrization.boundary import Entry
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.transforms._spellings import infer, spellings
 from funcparam.transforms.contract.base import AnyTransform
-from funcparam.transforms.contract.signature import signature
+from funcparam.transforms.contract.signature import TensorSpec, signature
 
 Rules = Sequence[tuple[str, AnyTransform]]
 
@@ -112,4 +112,4 @@ def _candidates(item: Stored, transform: AnyTransform, parts: Iterable[Tensor]) 
 
 
 def _made(item: Stored, transform: AnyTransform | None, value: Tensor) -> Entry:
-    return Entry((item.name,), signature(transform, value), transform)
+    return Entry((item.name,), signature(transform, TensorSpec.of(value)), transform)

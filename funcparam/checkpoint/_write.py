@@ -128,7 +128,7 @@ def written(
     found: OrderedDict[str, Any] = OrderedDict()
     for entry in p.entries:
         found |= _parts(entry, whole(raw[entry.name]), whole(state.get(entry.name, {})), style)
-    prefix = "net_buffers." if style == "funcparam" else ""
+    prefix = "net." if style == "funcparam" else ""
     found |= {f"{prefix}{name}": whole(tensor) for name, tensor in others.items()}
     for key, item in found.items():
         found[key] = item.detach() if isinstance(item, Tensor) else item
@@ -167,10 +167,9 @@ def _others(
 def _parts(entry: Entry, raw: Any, state: State, style: str) -> dict[str, Tensor]:
     """The parts of an entry by key, the same under each name of a tie."""
     transform = entry.transform
-    if style == "funcparam" and transform is None:
-        return {f"raw.{entry.name}": raw}
     if transform is None:
-        return dict.fromkeys(entry.names, cast("Tensor", raw))
+        prefix = "net." if style == "funcparam" else ""
+        return {f"{prefix}{name}": cast("Tensor", raw) for name in entry.names}
     if style == "plain":
         with torch.no_grad():
             return dict.fromkeys(entry.names, transform.forward(raw, state))

@@ -206,6 +206,23 @@ def _is_finite(tensor: Tensor) -> bool:
     return not readable(tensor) or bool(torch.isfinite(tensor).all())
 
 
+def distance_moved(value: Tensor, projected: Tensor, stored: torch.dtype | None = None) -> float:
+    """How far the entry went that a projection moved most; 0 where that is rounding.
+
+    Args:
+        value: before.
+        projected: after.
+        stored: the dtype in which the value was rounded last.
+    """
+    inexact = value.is_floating_point() or value.is_complex()
+    if not inexact or value.numel() == 0 or not (readable(value) and readable(projected)):
+        return 0.0
+    value, projected = value.detach(), projected.detach()
+    by, size = (projected - value).abs().max(), value.abs().max()
+    rounding = max(torch.finfo(dtype).eps for dtype in (value.dtype, stored or value.dtype)) ** 0.5
+    return float(by) if bool(by > rounding * size.clamp_min(rounding)) else 0.0
+
+
 def are_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are alike, and equal where entries can be read; NaN is equal to NaN."""
     if a is b:

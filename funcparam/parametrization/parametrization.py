@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from funcparam.parametrization.boundary import (
     StateTree,
     check_raw_tree,
     check_state_tree,
+    distance_moved,
     expect_finite,
     expect_finite_raw,
     expect_one_device,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from funcparam.parametrization.nested import Structure
 
 Params = TypeVar("Params")
+
+_LOGGER = logging.getLogger("funcparam")
 
 
 @final
@@ -193,7 +197,9 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     ) -> tuple[dict[str, Raw], dict[str, State]]:
         """Take raw and state from existing weights: the right inverse, detached and copied.
 
-        Nothing in the result shares memory with `values`, so training it leaves them alone.
+        Nothing in the result shares memory with `values`, so training it leaves them alone. A value
+        that does not satisfy its constraint goes to its projection, as most initial weights do.
+        `logging.getLogger("funcparam")` says at level INFO which ones moved, and by how much.
 
         Args:
             values: a module, or a tree like the one that `p` was made for.
@@ -206,6 +212,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             NotImplementedError: a transform has no right inverse.
         """
         raw, state = self._invert(values, generator, finite=True)
+        if not torch.compiler.is_compiling() and _LOGGER.isEnabledFor(logging.INFO):
+            self._log_moves(self._values(values), raw, state)
         return _fresh(raw), _fresh(state)
 
     def right_inverse(
@@ -239,6 +247,11 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             if own:
                 state[name] = own
         return raw, state
+
+    def _log_moves(self, values: Mapping[str, Tensor], raw: RawTree, state: StateTree) -> None:
+        for name, projected in self._chosen_values(raw, state).items():
+            if by := distance_moved(values[name], projected):
+                _LOGGER.info("%r was projected by up to %.2g, to %r", name, by, self[name])
 
     # Values that are trained themselves
 

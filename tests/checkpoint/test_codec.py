@@ -438,6 +438,4 @@ def test_extra_state_is_carried():
     given = {"w": torch.ones(2), "part._extra_state": {"version": 3}}
     raw, state, others = checkpoint.read(given, p)
     assert others == {"part._extra_state": {"version": 3}}
-    assert checkpoint.write(p, raw, state, others)["net_buffers.part._extra_state"] == {
-        "version": 3
-    }
+    assert checkpoint.write(p, raw, state, others)["net.part._extra_state"] == {"version": 3}

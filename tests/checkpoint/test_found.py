@@ -1,5 +1,6 @@
 """Files as they are found: of other dimensions, versions and precisions, and parts of files."""
 
+import logging
 import math
 import warnings
 
@@ -356,3 +357,21 @@ def test_what_satisfies_its_constraint_is_not_moved(dtype):
     folded = checkpoint.write(p, *p.init(net), style="plain")
     assert checkpoint.read(folded, p).moved == {}
     assert checkpoint.read({k: t.bfloat16() for k, t in folded.items()}, p).moved == {}
+
+
+def test_init_logs_what_it_moves(monkeypatch):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    p = fp.parametrize(net, {"0.weight": Orthogonal(), "1.weight": WeightNorm()})
+    logger, said = logging.getLogger("funcparam"), []
+    monkeypatch.setattr(logger, "handle", lambda record: said.append(record.getMessage()))
+    p.init(net)
+    assert said == []  # most weights move at init: who wants to know has to say so
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.manager._clear_cache()
+    raw, state = p.init(net)
+    moved = (p(raw, state)["0.weight"] - net[0].weight).abs().max().item()
+    p.init(fp.fold(net, p(raw, state)))
+    torch.func.vmap(p.init)({n: t[None] for n, t in net.named_parameters()})
+    monkeypatch.undo()
+    logger.manager._clear_cache()
+    assert said == [f"'0.weight' was projected by up to {moved:.2g}, to {Orthogonal()!r}"]

@@ -248,7 +248,7 @@ def test_explain_shows_what_the_file_says():
         "name    stored as  transform          parts                         shapes",
         "------  ---------  -----------------  ----------------------------  --------------",
         "weight  funcparam  WeightNorm(dim=0)  raw.magnitude, raw.direction  (2, 1), (2, 3)",
-        "bias    funcparam                     raw                           (2,)",
+        "bias    funcparam                     net                           (2,)",
     ]
 
 

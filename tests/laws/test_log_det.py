@@ -70,8 +70,8 @@ ONE_BY_ONE = (
 
 
 COMPLEX = (StableDiagonal(), LeftHalfPlane())
-# Of a Hermitian diagonal the imaginary part is not free, which no mask of entries says, and where the
-# entries of Sparse are only state does.
+# Of a Hermitian diagonal the imaginary part is not free, which no mask of entries says; and where
+# the entries of Sparse are, only state says.
 APART = (Hermitian(), SkewHermitian(), Sparse(4))
 
 
