@@ -86,11 +86,13 @@ def load_others(net: nn.Module, contents: Contents) -> None:
     Raises:
         ValueError: there is more, or less, than the network has.
     """
-    keys = net.load_state_dict(contents.others, strict=False)
+    keys: Any = net.load_state_dict(contents.others, strict=False)
+    unexpected: list[str] = keys.unexpected_keys
+    absent: list[str] = keys.missing_keys
     parameters = {name for entry in contents.p.entries for name in entry.names}
-    if more := [contents.keys[name] for name in keys.unexpected_keys]:
+    if more := [contents.keys[name] for name in unexpected]:
         raise ValueError(f"the file is of another network, which has {', '.join(map(repr, more))}")
-    if missing := [repr(name) for name in keys.missing_keys if name not in parameters]:
+    if missing := [repr(name) for name in absent if name not in parameters]:
         raise ValueError(
             f"the file has no {', '.join(missing)}, which the network keeps beside its parameters:"
             " save it with the network, checkpoint.write(p, raw, state, net)"

@@ -81,7 +81,8 @@ class Expected:
         try:
             shapes, dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
             # A product of meta tensors and others is garbage; compilers raise for it by themselves.
-            metas = set() if torch.compiler.is_compiling() else {t.is_meta for t in tensors}
+            read = [] if torch.compiler.is_compiling() else tensors
+            metas = {t.is_meta for t in read}
         except AttributeError:
             return False
         return len(metas) < 2 and shapes == self._shapes and dtypes == self._dtypes
