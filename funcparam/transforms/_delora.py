@@ -12,7 +12,7 @@ from funcparam.transforms.contract.arguments import NUMBER, POSITIVE_INTEGER, ex
 from funcparam.transforms.contract.base import State, Transform, expect_filled
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.norms import norms
 
 # below this a length counts as this, as in peft
 _SHORT = 1e-4
@@ -88,7 +88,7 @@ class DeLoRA(Transform[Mapping[str, Tensor]]):
             "B": value.new_zeros(m, self.rank),
             "lambda": value.real.new_full((), self.strength),
         }
-        return raw, {"base": value, "norms": linalg.vector_norm(matrix, dim=0)}
+        return raw, {"base": value, "norms": norms(matrix, (0,)).squeeze(0)}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value of `value - base` beyond `rank`, which is necessary only."""

@@ -18,6 +18,7 @@ from funcparam.transforms.contract.arguments import INTEGER, expect_argument
 from funcparam.transforms.contract.base import AnyTransform, State, expect_dim
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
+from funcparam.transforms.numerics.norms import norms
 from funcparam.transforms.numerics.slices import other_dims
 
 
@@ -91,8 +92,13 @@ class Gain(Parts):
         raw, state = self.part.right_inverse(value, generator=generator)
         P = self.part.forward(raw, state)
         dims = other_dims(value, self.dim)
-        along, square = (P.conj() * value).real.sum(dims), (P.conj() * P).real.sum(dims)
-        gain = along / torch.where(square == 0, 1, square)
+        length, own = (
+            norms(value, dims),
+            norms(P, dims),
+        )  # of products some would overflow or vanish
+        unit, direction = (X / torch.where(n == 0, 1, n) for X, n in ((value, length), (P, own)))
+        cosine = (direction.conj() * unit).real.sum(dims, keepdim=True)
+        gain = (cosine * length / torch.where(own == 0, 1, own)).squeeze(dims)
         return {"gain": gain, **merged([raw])}, merged([state])
 
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:

@@ -19,8 +19,9 @@ from funcparam.transforms import (
 )
 from tests.cases import CASES, every_case, value_of
 
-# what bounds a norm from below by eps, and what adds a number
-NOT_TINY = ("SpectralNorm", "WeightStandardization", "Affine")
+# what bounds a norm from below by eps, adds a number, has small values inside, or starts with
+# factors of the root's size
+NOT_TINY = ("SpectralNorm", "WeightStandardization", "Affine", "Ball", "Product")
 
 
 def oracle(case):
