@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations as torch_parametrizations
 from torch.nn.utils import prune
-from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
 import funcparam as fp
 from funcparam import checkpoint
@@ -33,6 +32,10 @@ def legacy_weight_norm(layer, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return nn.utils.weight_norm(layer, **kwargs)
+
+
+def legacy_spectral_norm(layer):
+    return nn.utils.spectral_norm(layer)
 
 
 def example(module):

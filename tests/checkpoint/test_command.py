@@ -1,7 +1,6 @@
 """The command line, as a script uses it: output, files, exit status, one line for an error."""
 
 import os
-import subprocess
 import sys
 import warnings
 
@@ -15,6 +14,7 @@ from funcparam.checkpoint._command import main
 from funcparam.checkpoint._silent import transform_of
 from funcparam.transforms import Chain, Orthogonal, Positive, SpectralNorm, Symmetric, WeightNorm
 from tests.checkpoint.test_files import Bomb, write_shards
+from tests.processes import python
 
 ENDS = pytest.mark.parametrize("end", ["pt", "safetensors"])
 
@@ -185,15 +185,21 @@ def test_errors_are_one_line_and_write_nothing(here, capsys):
 
 def test_it_runs_as_a_program(here):
     saved("model.pt")
-    run = [sys.executable, "-m", "funcparam"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*run, "explain", "model.pt"], capture_output=True, text=True, env=env)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Orthogonal" in done.stdout
-    shell = f"{sys.executable} -m funcparam explain model.pt | head -n 1"
-    done = subprocess.run(shell, shell=True, capture_output=True, text=True, env=env)
-    assert done.stdout.startswith("name")
-    assert done.stderr == ""
+    assert "Orthogonal" in python("-m", "funcparam", "explain", "model.pt", cwd=here)
+
+
+def test_who_reads_may_have_seen_enough(here):
+    saved("model.pt")
+    code = (
+        "import os, sys\n"
+        "from funcparam.checkpoint._command import main\n"
+        "reader, writer = os.pipe()\n"
+        "os.close(reader)\n"
+        "os.dup2(writer, 1)\n"
+        "assert main(['explain', 'model.pt']) == 0\n"
+        "print('more', flush=True)  # goes nowhere, as at exit\n"
+    )
+    python("-c", code, cwd=here)
 
 
 def test_progress_on_a_screen(here, monkeypatch, capsys):

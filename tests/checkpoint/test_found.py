@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations as torch_parametrizations
-from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
 import funcparam as fp
 from funcparam import checkpoint
 from funcparam.transforms import Frozen, LoRA, Mask, Orthogonal, Positive, SpectralNorm, WeightNorm
+
+
+def legacy_spectral_norm(layer):
+    return nn.utils.spectral_norm(layer)
 
 
 def iterated(layer, x, steps=50, rate=0.1):

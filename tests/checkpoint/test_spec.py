@@ -1,8 +1,6 @@
 """Files that say what they are, and what becomes of them where something else is wanted."""
 
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -29,6 +27,7 @@ from funcparam.transforms import (
 )
 from tests.cases import every_row, raw_and_state
 from tests.networks import Tied, mixed
+from tests.processes import python
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def test_no_key_is_added_and_no_code_is_needed(tmp_path):
         "assert 'Orthogonal' in found._metadata['']['funcparam']\n"
         "assert 'funcparam' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    python("-c", code, cwd=tmp_path)
     assert not hasattr(saved(p, net, "plain"), "_metadata")
 
 
