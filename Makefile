@@ -64,6 +64,19 @@ docs: $(READY)-docs ## Build the documentation into site/
 conformance: $(READY)-test ## Run PyTorch's own tests against compat; FILE=its test_parametrization.py
 	$(BIN)/python tests/conformance.py $(FILE) $(ARGS)
 
+ECOSYSTEM := .venv-ecosystem
+# exactly these versions, whatever the packages ask of each other; some need transformers 4
+$(ECOSYSTEM)/.ready: pyproject.toml tests/ecosystem/constraints.txt tests/ecosystem/transformers4.txt
+	@test -x $(ECOSYSTEM)/bin/pip || $(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/pip install --quiet --no-deps -r tests/ecosystem/constraints.txt -e .
+	$(ECOSYSTEM)/bin/pip install --quiet --no-deps --upgrade \
+		-r tests/ecosystem/transformers4.txt --target $(ECOSYSTEM)/transformers4
+	@touch $@
+
+.PHONY: ecosystem
+ecosystem: $(ECOSYSTEM)/.ready ## Run real packages on compat and on torch, into docs/ecosystem.md
+	$(ECOSYSTEM)/bin/python -m tests.ecosystem --out docs/ecosystem.md $(ARGS)
+
 .PHONY: bench
 bench: $(READY)-bench ## Measure funcparam beside other libraries, into docs/bench
 	$(BIN)/python benchmarks/run.py --out docs/bench
@@ -78,5 +91,5 @@ certificate: $(READY)-test ## Write the matrix of transforms and laws into docs/
 
 .PHONY: clean
 clean: ## Remove everything that was made, the virtual environment too
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ECOSYSTEM) build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

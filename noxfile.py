@@ -26,3 +26,14 @@ def wheel(session: nox.Session) -> None:
     session.install(f"torch=={NEWEST[0]}", "funcparam", "--find-links", out)
     session.chdir(out)
     session.run("python", "-c", "import funcparam; help(funcparam.parametrize)")
+
+
+@nox.session(python="3.11")
+def ecosystem(session: nox.Session) -> None:
+    """Run real packages, pinned, on compat and on torch; see tests/ecosystem."""
+    folder = "tests/ecosystem"
+    session.install("--no-deps", "-r", f"{folder}/constraints.txt", "-e", ".")
+    overlay = session.create_tmp()
+    older = f"{folder}/transformers4.txt"
+    session.run("pip", "install", "--no-deps", "--upgrade", "-r", older, "--target", overlay)
+    session.run("python", "-m", "tests.ecosystem", "--overlay", overlay, *session.posargs)

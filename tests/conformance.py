@@ -69,11 +69,11 @@ def run(source, *, compat, dynamo):
         )
         if not report.exists():
             sys.exit(done.stdout + done.stderr)
-        outcomes = dict(_outcomes(report))
-    return outcomes, done.stdout
+        found = dict(outcomes(report))
+    return found, done.stdout
 
 
-def _outcomes(report):
+def outcomes(report):
     for case in ElementTree.parse(report).iter("testcase"):
         tags = {child.tag for child in case}
         name = f"{case.get('classname').split('.')[-1]}::{case.get('name')}"

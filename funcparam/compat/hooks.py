@@ -61,8 +61,10 @@ class _Mended:
 
 class WeightNorm(_Mended, WeightNormHook):
     def compute_weight(self, module: nn.Module) -> Tensor:
-        transform = WeightNormTransform(None if self.dim == -1 else self.dim)
         magnitude, direction = (getattr(module, f"{self.name}_{letter}") for letter in "gv")
+        if self.dim == -1:  # as torch, so that in half precision too 1 is what it starts with
+            return direction * (magnitude / direction.norm())
+        transform = WeightNormTransform(self.dim)
         return transform.forward({"magnitude": magnitude, "direction": direction}, {})
 
 

@@ -92,8 +92,10 @@ def _expect_untied(module: nn.Module, name: str, held: ParametrizationList) -> N
 
 
 def _append(module: nn.Module, name: str, part: nn.Module, unsafe: bool) -> None:  # noqa: FBT001
-    value = getattr(module, name)
     plain = type(part) is TransformModule  # torch's own are made with the state that they need
+    value: Any = None
+    if plain or not unsafe:  # else nothing is read: a read may be a step of what evolves
+        value = getattr(module, name)
     if plain:
         part.follow(value)
     raw_names = getattr(part, "raw_names", None)

@@ -71,6 +71,13 @@ def test_as_torchs_hooks_in_training_saving_and_removal(kind, options, layer):
         assert_close(module(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_magnitude_leaves_the_weight_exactly_as_it_was(dtype):
+    layer = nn.Linear(7, 5, dtype=dtype)
+    before = layer.weight.detach().clone()
+    assert torch.equal(hooks.weight_norm(layer, dim=None).weight, before)
+
+
 @pytest.mark.parametrize("kind", TORCH)
 def test_a_copy_goes_its_own_way(kind):
     module, x = hooked(OURS, kind, "conv"), torch.randn(2, 4, 8, dtype=torch.double)

@@ -107,6 +107,26 @@ def test_unsafe_lets_shape_and_dtype_change():
     assert layer.bias.shape == (6,)
 
 
+@pytest.mark.parametrize("unsafe", [True, False])
+def test_registering_reads_as_often_as_torch(unsafe):
+    """A read may be a step, as of power iteration."""
+
+    class Counted(Double):
+        reads = 0
+
+        def forward(self, X):
+            self.reads += 1
+            return super().forward(X)
+
+    counts = []
+    for register, _ in BOTH.values():
+        layer, first, second = nn.Linear(3, 3), Counted(), Counted()
+        for part in (first, second):
+            register.register_parametrization(layer, "weight", part, unsafe=unsafe)
+        counts.append((first.reads, second.reads))
+    assert counts[0] == counts[1]
+
+
 def test_training_mode_is_the_modules():
     part = Double()
     api.register_parametrization(linear().eval(), "weight", part)

@@ -1,0 +1,1 @@
+collect_ignore = ["programs"]  # each is run by `python -m tests.ecosystem`, not imported
