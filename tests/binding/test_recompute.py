@@ -28,7 +28,7 @@ from funcparam.transforms import (
     Transpose,
     WeightNorm,
 )
-from tests.cases import every_row, value_of
+from tests.cases import every_case, value_of
 from tests.networks import Classifier, Tied, mlp
 
 
@@ -102,7 +102,7 @@ class Product(nn.Module):
         return (self.w * x + self.w).sin()
 
 
-@every_row
+@every_case
 def test_every_transform_is_bit_equal_to_the_plain_call(case, shape):
     value = value_of(case, shape)
     x = torch.randn(value.shape, dtype=value.dtype).requires_grad_()

@@ -24,7 +24,7 @@ from funcparam.transforms import (
     Symmetric,
     WeightNorm,
 )
-from tests.cases import every_row, raw_and_state, tensors
+from tests.cases import every_case, raw_and_state, tensors
 from tests.networks import Classifier, Tied, mixed
 
 
@@ -156,7 +156,7 @@ def test_the_shell_loads_it(make, register, transform, style):
     assert type(shell.fold()) is type(net)
 
 
-@every_row
+@every_case
 @pytest.mark.parametrize("style", ["funcparam", "torch"])
 def test_every_transform_survives(case, shape, style):
     raw, state = raw_and_state(case, shape)
@@ -173,7 +173,7 @@ def test_every_transform_survives(case, shape, style):
     assert all(torch.equal(again[key], written[key]) for key in written)
 
 
-@every_row
+@every_case
 def test_folded_checkpoints_go_back(case, shape):
     raw, state = raw_and_state(case, shape)
     value = case.transform.forward(raw, state)

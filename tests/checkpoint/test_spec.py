@@ -25,7 +25,7 @@ from funcparam.transforms import (
     Transform,
     WeightNorm,
 )
-from tests.cases import every_row, raw_and_state
+from tests.cases import every_case, raw_and_state
 from tests.networks import Tied, mixed
 from tests.processes import python
 
@@ -67,7 +67,7 @@ def through_files(written, tmp_path):
     yield torch.load(tmp_path / "b.pt", weights_only=True)
 
 
-@every_row
+@every_case
 def test_every_transform_is_made_again_from_the_file_alone(case, shape):
     raw, state = raw_and_state(case, shape)
     value = case.transform.forward(raw, state)

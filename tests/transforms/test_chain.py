@@ -72,7 +72,11 @@ FREE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("chain", "shape", "of_raw", "of_value"), FREE, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("chain", "shape", "of_raw", "of_value"),
+    FREE,
+    ids=lambda x: getattr(x, "__name__", str(x)[:60]),
+)
 def test_log_determinants_are_over_the_free_coordinates(chain, shape, of_raw, of_value):
     raw = torch.randn(shape, dtype=D)
     state = {f"{i}.{k}": t for i, part in enumerate(chain.parts) for k, t in _state(part).items()}
