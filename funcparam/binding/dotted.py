@@ -58,7 +58,10 @@ class Held(nn.Module):
     """Raw or state below one name; what hangs a computation on it would have no effect."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse: what is trained is what the transforms take."""
+        """Replace a tensor; refuse another one, which no transform would take."""
+        if name in vars(self)["_parameters"]:
+            super().register_parameter(name, param)
+            return
         raise TypeError(
             f"{name!r}: raw and state of a Parametrized take no other tensors; nothing would read"
             " them. torch.nn.utils.prune is the transform Mask here, and torch.nn.utils.parametrize"

@@ -245,11 +245,13 @@ class Parametrized(nn.Module):
 
     def summary(self) -> Table:
         """What is trained, as a table: [`Parametrization.summary`][]."""
-        return self.parametrization.summary(*whole(self.raw_and_state()))
+        with torch.no_grad():
+            return self.parametrization.summary(*whole(self.raw_and_state()))
 
     def plot(self) -> Figure:
         """Draw violations and singular values: [`Parametrization.plot`][]."""
-        return self.parametrization.plot(*whole(self.raw_and_state()))
+        with torch.no_grad():
+            return self.parametrization.plot(*whole(self.raw_and_state()))
 
     def __repr__(self) -> str:
         net = repr(self._net).replace("\n", "\n  ")

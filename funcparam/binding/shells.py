@@ -88,9 +88,8 @@ def shells(
     for home, own in homes.items():
         module = net.get_submodule(home)
         shell = cast("Any", Parametrized).__new__(Parametrized, module)
-        shell.set_up(
-            module, parametrize(module, own), memo, generator=generator, recompute=recompute
-        )
+        part = parametrize(module, own)
+        shell.set_up(module, part, memo, (None, None), generator, recompute=recompute)
         memo[id(module)] = shell
     return deepcopy(net, memo)
 

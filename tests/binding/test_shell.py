@@ -398,6 +398,20 @@ def test_a_part_of_a_plain_file(prefix):
         assert top.load_state_dict(plain, strict=False).unexpected_keys == [f"{prefix}head.weight"]
 
 
+def test_loading_by_assignment_and_replacing_a_tensor_of_raw():
+    model, other = shell(), shell()
+    given = {name: t.clone() + 1 for name, t in other.state_dict().items() if t.is_floating_point()}
+    model.load_state_dict(given, assign=True, strict=False)
+    assert model.get_parameter("raw.0.weight.magnitude").data_ptr() == (
+        given["raw.0.weight.magnitude"].data_ptr()
+    )
+    other.load_state_dict(given, strict=False)
+    torch.testing.assert_close(model.eval()(X), other.eval()(X))
+    own = model.raw.get_submodule("0.weight")
+    own.magnitude = nn.Parameter(2 * own.magnitude)
+    torch.testing.assert_close(model.values()["0.weight"], 2 * other.values()["0.weight"])
+
+
 def test_errors_of_loading_begin_with_the_cause():
     model = shell()
     plain = network().state_dict()
@@ -537,5 +551,6 @@ def test_tables_and_pictures():
     assert model.violation().keys() == {"0.weight", "3.weight"}
     assert "<table>" in model._repr_html_()
     assert "BatchNorm1d" in model._repr_html_()
+    pytest.importorskip("matplotlib").use("agg")
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.close(model.plot())
