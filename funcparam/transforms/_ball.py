@@ -86,6 +86,9 @@ class Ball(Transform[Tensor]):
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.forward(raw, state), state
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        return self.forward(value, state)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest norm is above the radius; one in state counts if given."""
         if not value.numel():

@@ -110,6 +110,9 @@ class FakeQuantizeFloat(Transform[Tensor]):
             scale = most / top
         return value, {"scale": torch.where(most / top >= least, scale, 1)}
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        return self.forward(value, state)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the grid in state, or its own without one."""
         if "scale" not in state:

@@ -63,6 +63,11 @@ class Isospectral(Transform[Mapping[str, Tensor]]):
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         return with_moved_bases(raw, state)
 
+    @full_precision
+    def project(self, value: Tensor, state: State) -> Tensor:
+        raw, own = self.right_inverse(value)
+        return self.forward(raw, {**own, "s": state["s"]})
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of a singular value from that in state, which is the constraint."""
         if "s" not in state:

@@ -76,6 +76,9 @@ class SpectralCap(Transform[Tensor]):
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.forward(raw, state), state
 
+    def project(self, value: Tensor, state: State) -> Tensor:
+        return self.forward(value, state)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest singular value is above the bound; one in state counts if given."""
         spectrum = cast("Tensor", linalg.svdvals(value))
