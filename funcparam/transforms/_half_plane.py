@@ -78,9 +78,6 @@ class LeftHalfPlane(Transform[Mapping[str, Tensor]]):
     def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
         return None
 
-    def free_in_value(self, value: Tensor, state: State) -> Tensor | None:
-        return None
-
     def check(self, value: Tensor) -> None:
         if not self.pairs:
             if not value.is_complex():

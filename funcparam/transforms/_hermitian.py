@@ -62,9 +62,6 @@ class Hermitian(Transform[Tensor]):
     def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
         return None
 
-    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
-        return None
-
     def check(self, value: Tensor) -> None:
         _expect_complex_square(self, value, "Symmetric()")
 
@@ -110,9 +107,6 @@ class SkewHermitian(Transform[Tensor]):
     def log_abs_det_jacobian(self, raw: Tensor, state: State) -> Tensor:
         """Zero: raw has the free real and imaginary parts of the value."""
         return raw.new_zeros(())
-
-    def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
-        return None
 
     def free_in_raw(self, raw: Tensor, state: State) -> Tensor | None:
         return None
