@@ -85,7 +85,7 @@ class Expected:
             metas = {t.is_meta for t in read}
         except AttributeError:
             return False
-        return len(metas) < 2 and shapes == self._shapes and dtypes == self._dtypes
+        return one_kind and shapes == self._shapes and dtypes == self._dtypes
 
 
 def check_raw_tree(entries: Sequence[Entry], raw: RawTree) -> None:

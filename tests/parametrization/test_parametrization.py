@@ -179,7 +179,8 @@ def test_steps_outside_of_training_carry_no_gradients(centred, step):
 
 
 def test_rebase_keeps_what_is_trained():
-    net, p = mixed()
+    net = mlp()
+    p = fp.parametrize(net, {"0.weight": Orthogonal(), "2.weight": LoRA(rank=2)})
     raw, state = p.init(net)
     raw = noisy(raw)
     fp.trainable(raw)
