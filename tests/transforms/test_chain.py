@@ -221,7 +221,11 @@ ADAPTED = [
 ]
 
 
-@pytest.mark.parametrize(("transform", "shape", "trained"), ADAPTED, ids=str)
+@pytest.mark.parametrize(
+    ("transform", "shape", "trained"),
+    ADAPTED,
+    ids=lambda x: str(sorted(x) if isinstance(x, set) else x),
+)
 def test_adapters_train_on_a_frozen_weight_wherever_they_stand(transform, shape, trained):
     net = nn.Module()
     net.weight = nn.Parameter(torch.rand(shape) + 0.5, requires_grad=False)
