@@ -85,6 +85,10 @@ bench: $(READY)-bench ## Measure funcparam beside other libraries, into docs/ben
 bench-quick: $(READY)-bench ## Measure fewer cases in fewer rounds, in under three minutes
 	$(BIN)/python benchmarks/run.py --quick --out build/bench
 
+.PHONY: rooms
+rooms: $(READY)-test ## Draw who imports whom into docs/rooms.svg
+	$(BIN)/python -m tests.rooms docs/rooms.svg
+
 .PHONY: certificate
 certificate: $(READY)-test ## Write the matrix of transforms and laws into docs/certificate.md
 	$(BIN)/python -m tests.certificate docs/certificate.md

@@ -3,16 +3,14 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import funcparam
 import funcparam.transforms
 from tests.processes import python
+from tests.rooms import FILES, ROOMS, ROOT, imports, module_of, picture, room
 
-ROOT = Path(funcparam.__file__).parent
-FILES = sorted(ROOT.rglob("*.py"))
 NAMED = set(funcparam.transforms.__all__) - {
     "Transform",
     "State",
@@ -22,27 +20,13 @@ NAMED = set(funcparam.transforms.__all__) - {
 }
 
 
-def imports(path):
-    """The (module, name) pairs that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from ((node.module, alias.name) for alias in node.names)
-
-
 def ids(path):
     return str(path.relative_to(ROOT))
 
 
-def module_of(path):
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
-
-
 # Who may import whom. A room may always import itself, and `compat`, the top, everything.
 CORE = {"transforms", "transforms.contract", "transforms.numerics"}
-ROOMS = {
+MAY_IMPORT = {
     "transforms.contract": set(),
     "transforms.numerics": {"transforms.contract"},
     "transforms": {"transforms.contract", "transforms.numerics"},
@@ -52,12 +36,6 @@ ROOMS = {
     "training": {*CORE, "parametrization"},
     "compat": {*CORE, "parametrization", "checkpoint", "binding"},
 }
-
-
-def room(module):
-    """The room of a module; None for what lies in the package itself, which is the public face."""
-    inner = module.removeprefix("funcparam").removeprefix(".")
-    return next((r for r in ROOMS if inner == r or inner.startswith(f"{r}.")), None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
@@ -70,16 +48,20 @@ def test_rooms(path):
             continue
         other = room(f"{module}.{name}") or room(module)
         assert other or own == "compat", f"{own} imports the public face"
-        assert other in {own, None} | ROOMS[own], f"{own} imports {other}"
+        assert other in {own, None} | MAY_IMPORT[own], f"{own} imports {other}"
         if own.split(".")[0] not in ("transforms", "compat"):
             assert name not in NAMED, "the core knows no named transform"
 
 
 def test_each_room_says_what_lives_there():
-    rooms = {path.parent for path in FILES if path.parent != ROOT}
-    assert {room(module_of(folder / "__init__.py")) for folder in rooms} == set(ROOMS)
-    for folder in rooms:
-        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+    assert ROOMS.keys() == MAY_IMPORT.keys()
+    for path in ROOMS.values():
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code():
+    drawn = (ROOT.parent / "docs" / "rooms.svg").read_text(encoding="utf-8")
+    assert drawn == picture(), "`make rooms` draws it anew"
 
 
 def test_no_circles():

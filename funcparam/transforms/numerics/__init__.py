@@ -1,5 +1,5 @@
 """Bare mathematics on tensors: what several families of transforms compute with.
 
 What is here imports only `contract/`, for the precision that it computes in. Families of
-`transforms/` import it, and no room above.
+`transforms/` import it, and the rooms above may.
 """
