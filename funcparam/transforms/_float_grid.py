@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import floor, log2
 from typing import Literal, NamedTuple, final
@@ -29,7 +30,7 @@ class _Format(NamedTuple):
     top: float
 
 
-_FORMATS = {
+_FORMATS: Mapping[str, _Format] = {
     "float8_e4m3fn": _Format(3, -6, 448.0),
     "float8_e5m2": _Format(2, -14, 57344.0),
     "float4_e2m1fn": _Format(1, 0, 6.0),
