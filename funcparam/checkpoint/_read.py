@@ -16,7 +16,7 @@ from funcparam.checkpoint._contents import Contents, cast_to_specs
 from funcparam.checkpoint._flat import expect_tensors, tensors_and_others
 from funcparam.checkpoint._keys import Stored
 from funcparam.checkpoint._locate import locate
-from funcparam.checkpoint._spec import Known, Said, parametrization, said
+from funcparam.checkpoint._spec import AsJson, Known, Said, parametrization, said
 from funcparam.checkpoint._wrappers import View, bare_name, view
 from funcparam.parametrization.boundary import (
     Entry,
@@ -172,6 +172,7 @@ class _Reader:
     known: Known
     generator: torch.Generator | None
     moved: dict[str, float] = field(default_factory=dict[str, float])
+    spelt: AsJson = field(default_factory=AsJson)
 
     def read(self, entry: Entry, found: Sequence[Stored]) -> tuple[Any, State]:
         """Read the first of what is stored under the names of a tie; the rest has to be equal."""
@@ -217,7 +218,7 @@ class _Reader:
 
     def _writer(self, entry: Entry, told: Said | None) -> Entry:
         """The entry that wrote what is stored: this very one, where the file says no other."""
-        if told is None or told.is_by(entry.transform):
+        if told is None or told.transform == self.spelt[entry.transform]:
             return entry
         writer = told.entry(self.known)  # an argument may be newer than the file: it has a default
         return entry if writer.transform == entry.transform else writer

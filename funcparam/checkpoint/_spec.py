@@ -31,6 +31,14 @@ Known: TypeAlias = Mapping[str, Any]
 """Classes and functions that a file may name, beside funcparam's own."""
 
 
+class AsJson(dict["AnyTransform | None", Any]):
+    """Transforms as JSON, each of which is worked out once."""
+
+    def __missing__(self, transform: AnyTransform | None) -> Any:
+        self[transform] = _as_json(transform)
+        return self[transform]
+
+
 @dataclass(frozen=True)
 class Said:
     """What a file says of one tensor."""
@@ -39,10 +47,6 @@ class Said:
     value: TensorSpec
     transform: Any
     """As JSON; None if it has none."""
-
-    def is_by(self, transform: AnyTransform | None) -> bool:
-        """Whether the file was written by this very transform."""
-        return self.transform == _as_json(transform)
 
     def entry(self, known: Known) -> Entry:
         """Make the entry that wrote it.
@@ -71,12 +75,13 @@ def description(p: Parametrization[Any]) -> str:
         >>> json.loads(fp.checkpoint.description(p))["leaves"][0]["transform"]
         {'class': 'WeightNorm', 'dim': 0}
     """
+    spelt = AsJson()
     leaves = [
         {
             "names": entry.names,
             "shape": entry.signature.value.shape,
             "dtype": str(entry.signature.value.dtype).removeprefix("torch."),
-            "transform": _as_json(entry.transform),
+            "transform": spelt[entry.transform],
         }
         for entry in p.entries
     ]
