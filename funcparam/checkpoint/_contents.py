@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -50,6 +51,20 @@ def cast_to_specs(contents: Contents) -> Contents:
         if entry.name in state:
             state[entry.name] = _cast(state[entry.name], entry.signature.state)
     return replace(contents, raw=raw, state=state)
+
+
+def copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A dictionary of tensors, or of dictionaries of tensors, in memory of its own."""
+
+    def copy(item: Any) -> Any:
+        return item.detach().clone() if isinstance(item, Tensor) else deepcopy(item)
+
+    return {
+        name: {key: copy(t) for key, t in cast("Mapping[str, Any]", item).items()}
+        if isinstance(item, Mapping)
+        else copy(item)
+        for name, item in tree.items()
+    }
 
 
 def _cast(tensors: Any, spec: TensorSpec | NamedSpecs) -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence, Set
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from funcparam.checkpoint._contents import Contents, cast_to_specs
+from funcparam.checkpoint._contents import Contents, cast_to_specs, copied
 from funcparam.checkpoint._flat import expect_tensors, tensors_and_others
 from funcparam.checkpoint._keys import Stored
 from funcparam.checkpoint._locate import locate
@@ -128,9 +127,9 @@ def take(
         for name, key in there.others.items()
     }
     return Contents(
-        _copied(raw),
-        _copied(state),
-        _copied({name: tensor for name, (_, tensor) in others.items()}),
+        copied(raw),
+        copied(state),
+        copied({name: tensor for name, (_, tensor) in others.items()}),
         p,
         missing,
         reader.moved,
@@ -340,15 +339,3 @@ def _no_value(entry: Entry, item: Stored) -> str:
     return f"{text} Give it the transform that it was saved with, and fold; it has" + (
         f" {entry.transform!r}" if entry.transform else " none"
     )
-
-
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    def copy(item: Any) -> Any:
-        return item.detach().clone() if isinstance(item, Tensor) else deepcopy(item)
-
-    return {
-        name: {key: copy(t) for key, t in cast("Mapping[str, Any]", item).items()}
-        if isinstance(item, Mapping)
-        else copy(item)
-        for name, item in tree.items()
-    }
