@@ -48,7 +48,7 @@ def read(module: nn.Module, name: str) -> Tensor:
     if resetting is not None:
         resetting[name] = value, _private.version(value)
     elif READINGS.wanted and not torch.compiler.is_compiling():
-        READINGS.add(value, module, name, besides=held.raw())
+        READINGS.add(value, module, name, besides=_raws(held))
     return value
 
 
@@ -133,3 +133,9 @@ def initialise(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _list(module: nn.Module, name: str) -> nn.Module:
     return module.__dict__["_modules"]["parametrizations"]._modules[name]
+
+
+def _raws(held: nn.Module) -> list[object]:
+    """The raw tensors of a list, ours or torch's: a module may have had torch's before."""
+    own = vars(held)
+    return [*own["_parameters"].values(), *own["_buffers"].values()]

@@ -300,7 +300,23 @@ def test_outputs_of_a_whole_network():
 
 def test_the_shell_takes_a_converted_module():
     module = build(*LIBRARIES[1])
-    net, p, raw, _ = to_functional(nn.Sequential(module["legacy"], module["two"]))
+    module = nn.Sequential(module["legacy"], module["two"]).eval()
+    net, p, raw, state = to_functional(module)
     with pytest.raises(NotImplementedError, match="'0.weight': Legacy.* to_functional returns"):
         fp.Parametrized(net, p)
     assert set(raw["0.weight"]) == {"original", "0.factor"}
+    shell, x = fp.Parametrized(net, p, raw=raw, state=state).eval(), torch.randn(2, 3)
+    assert torch.equal(shell(x), module(x))
+    shell(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in shell.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_the_shell_takes_converted_hooks_and_torchs_own():
+    for module, x in (
+        (hooked(nn.utils), torch.randn(2, 2, 12)),
+        (nn.Sequential(build(*LIBRARIES[1])["norm"]), torch.randn(2, 3)),
+    ):
+        net, p, raw, state = to_functional(module.eval())
+        shell = fp.Parametrized(net, p, raw=raw, state=state).eval()
+        assert_close(shell(x), module(x))
