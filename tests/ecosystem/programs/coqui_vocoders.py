@@ -24,7 +24,7 @@ for spectral in (False, True):
 torch.manual_seed(0)
 train("scale", DiscriminatorS(), lambda m: m(x)[0])
 torch.manual_seed(0)
-layers = WN(4, 8, 3, 1, 2)
+layers = WN(8, 8, 3, 1, 2)
 train("wavenet", layers, lambda m: m(torch.ones(1, 8, 6), torch.ones(1, 1, 6)))
 attempt("wavenet remove", lambda: str(layers.remove_weight_norm()))
 note("wavenet removed", layers.state_dict())
