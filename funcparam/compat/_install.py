@@ -37,12 +37,13 @@ def install() -> None:
         True
     """
     if _ORIGINALS.depth == 0:
-        _ORIGINALS.pairs = tuple(_pairs())
-        for name, old, new in _ORIGINALS.pairs:
+        pairs = tuple(_pairs())
+        _warn_of_earlier_imports(pairs)  # first, since a warning may be an error
+        _ORIGINALS.pairs = pairs
+        for name, old, new in pairs:
             _replace(name, old, new)
         for hook in _HOOKS:
             setattr(hook, "__setstate__", hooks.mended)  # noqa: B010
-        _warn_of_earlier_imports()
         READINGS.wanted = True
     _ORIGINALS.depth += 1
 
@@ -101,11 +102,10 @@ def _replace(name: str, old: Any, new: Any) -> None:
             setattr(module, name, new)
 
 
-def _warn_of_earlier_imports() -> None:
+def _warn_of_earlier_imports(pairs: tuple[tuple[str, Any, Any], ...]) -> None:
     """Name the modules that took a function of torch's before, which no redirection reaches."""
     # of torch.nn.init nobody expects more than torch's, and many have imported from it
-    pairs = [pair for pair in _ORIGINALS.pairs if pair[1].__module__ != init.__name__]
-    names = {id(old): name for name, old, _ in pairs}
+    names = {id(old): name for name, old, _ in pairs if old.__module__ != init.__name__}
     found: list[str] = []
     for path, module in list(sys.modules.items()):
         if path.split(".")[0] in ("torch", "funcparam"):
@@ -118,5 +118,5 @@ def _warn_of_earlier_imports() -> None:
             "funcparam.compat is installed too late for what was imported by its name before, and"
             f" stays torch's: {'; '.join(sorted(found))}. Install before these modules are"
             " imported, for example by `python -m funcparam.compat script.py`",
-            stacklevel=2,
+            stacklevel=3,
         )

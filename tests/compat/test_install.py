@@ -57,6 +57,18 @@ def test_nested_and_failing_blocks():
         compat.uninstall()
 
 
+def test_an_installation_whose_warning_is_an_error_changes_nothing(monkeypatch):
+    late = types.ModuleType("late")
+    late.weight_norm, late.ones_ = torch_functions.weight_norm, nn.init.ones_
+    monkeypatch.setitem(sys.modules, "late", late)
+    before = everything()
+    with pytest.raises(UserWarning, match=r"late \(weight_norm\)\."):
+        compat.install()
+    assert everything() == before
+    with pytest.raises(RuntimeError, match="not installed"):
+        compat.uninstall()
+
+
 def test_modules_that_torch_parametrized_before_go_on():
     layer = torch_functions.weight_norm(nn.Linear(3, 3))
     twin = torch_functions.weight_norm(nn.Linear(3, 3))
