@@ -139,10 +139,11 @@ def _largest(measured: Sequence[tuple[Tensor, Tensor]]) -> str:
     """The largest violation of these values; NaN of a finite one says that it is not measured."""
     if any(violation.is_meta for _, violation in measured):
         return "meta"
-    value, violation = max(measured, key=lambda pair: (isnan(pair[1]), pair[1].item()))
+    found = [(value, violation.item()) for value, violation in measured]
+    value, violation = max(found, key=lambda pair: (isnan(pair[1]), pair[1]))
     if isnan(violation) and bool(value.isfinite().all()):
         return "not measured"
-    return f"{violation.item():.1e}"
+    return f"{violation:.1e}"
 
 
 def _counts(raw: Leaves, state: Leaves) -> tuple[str, str]:
