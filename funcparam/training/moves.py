@@ -41,8 +41,8 @@ def move(
     means of squares by the square of the factor by which the length of the mean changed, which is
     exact where the move only scales. Of a weight whose raw changes its shape they begin anew.
 
-    Moving at every step makes any optimizer a Riemannian one, with the map as its retraction:
-    [`rebase`](training.md) says more. Source: Lezcano-Casado, arXiv 1909.09501.
+    Moving at every step makes any optimizer a Riemannian one; the map is its retraction. Source:
+    Lezcano-Casado, arXiv 1909.09501.
 
     Args:
         p: the parametrization of `raw` and `state`.
