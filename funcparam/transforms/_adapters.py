@@ -29,7 +29,7 @@ from funcparam.transforms.contract.base import (
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
-from funcparam.transforms.numerics.norms import norms
+from funcparam.transforms.numerics.norms import directions, norms
 from funcparam.transforms.numerics.orthogonal_maps import FRAMES
 
 
@@ -87,8 +87,7 @@ class DoRA(Transform[Mapping[str, Tensor]]):
         base = state["base"]
         delta = (raw["B"] * state["scale"]) @ raw["A"]
         direction = base.flatten(1) + delta
-        norm = norms(direction, (1,))
-        unit = direction / torch.where(norm == 0, 1, norm)
+        unit = directions(direction, (1,))
         return (unit * raw["magnitude"].unsqueeze(1)).reshape(base.shape)
 
     @full_precision

@@ -16,7 +16,7 @@ from funcparam.transforms.contract.arguments import (
 from funcparam.transforms.contract.base import State, Transform, expect_all, expect_dim, largest
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.norms import norms
+from funcparam.transforms.numerics.norms import directions, norms
 
 
 @final
@@ -69,8 +69,7 @@ class UnitNorm(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        norm = norms(raw, self._dims(raw))
-        direction = raw / torch.where(norm == 0, 1, norm)
+        direction = directions(raw, self._dims(raw))
         if self.radius == 1:
             return direction
         return direction * (state["radius"] if self.radius is None else self.radius)

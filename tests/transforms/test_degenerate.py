@@ -78,6 +78,15 @@ def test_weight_standardization_of_a_constant_row_is_linear_there():
     assert_second_derivatives(lambda rows: loss(torch.cat([rows, value[1:]])), value[:1])
 
 
+@pytest.mark.parametrize("transform", [UnitNorm(), UnitNorm(0), WeightStandardization()], ids=str)
+def test_third_derivatives_of_norms(transform):
+    weights = torch.randn(2, 3, dtype=D)
+    value = torch.randn(2, 3, dtype=D)
+    assert_second_derivatives(
+        lambda raw: (transform.forward(raw, {}) * weights).sum(), value, third=True
+    )
+
+
 def test_unit_norm_beside_a_zero_vector():
     value = torch.randn(2, 3, dtype=D)
     value[1] = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,13 @@ def inside(
     rounded to a dtype that may be narrower than its own. Where nothing lies between the bounds the
     value is on the upper one's side.
     """
-    moved = value.detach()
-    if low is not None:
-        moved = torch.maximum(moved, low + _step(low, rounded_to))
-    if high is not None:
-        moved = torch.minimum(moved, high - _step(high, rounded_to))
-    moved = moved.detach()
-    return torch.where(value == moved, value, moved + (value - value.detach()))
+    there = value.detach()
+    least = None if low is None else _next(low.detach(), high, inf, rounded_to)
+    most = None if high is None else _next(high.detach(), low, -inf, rounded_to)
+    way = there.clamp(least, most) - there
+    if low is None or high is None:
+        way = way.nan_to_num(0.0)  # infinity stays where it is
+    return value + way
 
 
 def least_positive(dtype: torch.dtype, rounded_to: torch.finfo) -> float:
@@ -29,6 +31,10 @@ def least_positive(dtype: torch.dtype, rounded_to: torch.finfo) -> float:
     return max(torch.finfo(dtype).tiny, rounded_to.tiny * rounded_to.eps)
 
 
-def _step(bound: Tensor, rounded_to: torch.finfo) -> Tensor:
-    """At least one step of the dtype next to `bound`, and at most two."""
-    return (bound.abs() * rounded_to.eps).clamp_min(least_positive(bound.dtype, rounded_to))
+def _next(bound: Tensor, other: Tensor | None, end: float, rounded_to: torch.finfo) -> Tensor:
+    """The number next to `bound` on the side of the other one, or the one behind that."""
+    if rounded_to.eps == torch.finfo(bound.dtype).eps:
+        towards = torch.full_like(bound, end) if other is None else other.detach()
+        return torch.nextafter(bound, towards)
+    step = (bound.abs() * rounded_to.eps).clamp_min(least_positive(bound.dtype, rounded_to))
+    return bound + step if end > 0 else bound - step

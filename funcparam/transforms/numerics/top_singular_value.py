@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import inf
 from typing import cast
 
 import torch
@@ -16,23 +15,24 @@ def top_singular_value(X: Tensor) -> Tensor:
     """The spectral norm of a matrix with entries, with derivatives up to the third.
 
     PyTorch's second derivatives divide by the gaps between all singular values, and are NaN where
-    two are equal. Here the Gram matrix of the shorter side is turned into its own eigenvectors,
-    which are constants. There perturbation theory gives the top vector to first order, and the
-    Rayleigh quotient of that the top value to third. Only gaps to the top count. Where the top
-    itself is repeated the norm has a kink, and this is the derivative of one branch.
+    two are equal. Here the singular vectors are constants, perturbation theory gives the top one to
+    first order, and the length of what the matrix makes of that is the top value to third. Only
+    gaps to the top count. Where the top itself is repeated the norm has a kink, and this is the
+    derivative of one branch.
 
     Source: Kato, Perturbation Theory for Linear Operators (1966), section II.2.
     """
+    wide = X.mH if X.shape[0] > X.shape[1] else X
     size = largest(X.detach())
-    size = torch.where((size > 0) & (size < inf), size, 1)  # no square overflows or vanishes
-    scaled = X / size
-    gram = scaled.mH @ scaled if X.shape[0] > X.shape[1] else scaled @ scaled.mH
-    spectrum, vectors = cast("tuple[Tensor, Tensor]", linalg.eigh(gram.detach()))
-    turned = vectors.mH @ gram @ vectors
-    top, others = spectrum[-1:], spectrum[:-1]
-    rounding = len(spectrum) * torch.finfo(spectrum.dtype).eps * top
-    gaps = torch.where(top - others > rounding, top - others, inf)
-    vector = torch.cat([turned[:-1, -1] / gaps, torch.ones_like(turned[-1, -1:])])
-    quotient = torch.vdot(vector, turned @ vector).real / torch.vdot(vector, vector).real
-    root = torch.where(quotient > 0, quotient, 1).sqrt()
-    return size * torch.where(quotient > 0, root, 0)
+    is_zero = size == 0
+    wide = wide / (size + is_zero)  # no square overflows or vanishes
+    fixed = wide.detach()
+    spectrum, vectors = cast("tuple[Tensor, Tensor]", linalg.eigh(fixed @ fixed.mH))
+    gaps = spectrum[-1] - spectrum
+    others = gaps > len(gaps) * torch.finfo(gaps.dtype).eps * spectrum[-1]
+    top = vectors[:, -1]
+    turn = vectors.mH @ (wide @ (wide.mH @ top))
+    vector = top + vectors @ (turn * (others / torch.where(others, gaps, 1)))
+    image = wide.mH @ vector
+    quotient = torch.vdot(image, image).real / torch.vdot(vector, vector).real
+    return size * (quotient + is_zero).sqrt()
