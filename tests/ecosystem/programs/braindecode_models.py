@@ -1,4 +1,4 @@
-"""braindecode: EEGNet, ATCNet, TCN, EEGITNet, TIDNet, MaxNormLinear, constrained convolutions"""
+"""braindecode: EEGNet, ATCNet, EEGITNet, TIDNet, MaxNormLinear, constrained convolutions"""
 
 import torch
 from braindecode import models
@@ -7,7 +7,7 @@ from notes import attempt, copied, train
 
 x = torch.linspace(-1, 1, 2 * 4 * 256).reshape(2, 4, 256)
 TIMES = {"n_times": 256, "sfreq": 64}
-KINDS = {"EEGNet": TIMES, "ATCNet": TIMES, "TCN": {}, "EEGITNet": TIMES, "TIDNet": TIMES}
+KINDS = {"EEGNet": TIMES, "ATCNet": TIMES, "EEGITNet": TIMES, "TIDNet": TIMES}
 for name, options in KINDS.items():
     torch.manual_seed(0)
     model = getattr(models, name)(n_chans=4, n_outputs=3, **options)
