@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from funcparam.compat import _cache, _private
 from funcparam.compat._readings import READINGS
-from funcparam.compat._tensors import Values, all_or_nothing
+from funcparam.compat._tensors import Values, all_or_nothing, own_tensors
 
 # What a module carries for the time of a call only; a copy made meanwhile does without.
 PASSING = ("_funcparam_exchanged", "_funcparam_resetting")
@@ -43,12 +43,12 @@ def read(module: nn.Module, name: str) -> Tensor:
         resetting = own[_RESETTING]
         if name in resetting:
             return resetting[name][0]
-    held = cast("Any", _list(module, name))
+    held = _list(module, name)
     value = _cache.evaluate(held)
     if resetting is not None:
         resetting[name] = value, _private.version(value)
     elif READINGS.wanted and not torch.compiler.is_compiling():
-        READINGS.add(value, module, name, besides=_raws(held))
+        READINGS.add(value, module, name, besides=own_tensors(held))
     return value
 
 
@@ -124,18 +124,24 @@ def writing_back(module: nn.Module) -> Generator[None]:
 
 def initialise(module: nn.Module, values: dict[str, Tensor]) -> None:
     """Set raw to the right inverse of values that were drawn, and what evolves to what fits."""
-    lists = {name: cast("Any", _list(module, name)) for name in values}
+    lists = {name: _list(module, name) for name in values}
     parts = [part for held in lists.values() for part in held.modules()]
-    with all_or_nothing(parts, [x for held in lists.values() for x in held.tensors()]):
+    with all_or_nothing(parts, [x for held in lists.values() for x in own_tensors(held)]):
         for name, held in lists.items():
-            held.initialise(values[name].detach())
+            cast("Any", held).right_inverse(values[name].detach())
+            _restart(held)
+
+
+def _restart(held: Any) -> None:
+    """Let power iterations start from the singular vectors of what they divide now."""
+    names = ["original"] if held.is_tensor else [f"original{i}" for i in range(held.ntensors)]
+    args = tuple(getattr(held, name) for name in names)
+    with torch.no_grad():
+        for part in held:
+            if hasattr(part, "restart"):
+                part.restart(*args)
+            args = (part(*args),)
 
 
 def _list(module: nn.Module, name: str) -> nn.Module:
     return module.__dict__["_modules"]["parametrizations"]._modules[name]
-
-
-def _raws(held: nn.Module) -> list[object]:
-    """The raw tensors of a list, ours or torch's: a module may have had torch's before."""
-    own = vars(held)
-    return [*own["_parameters"].values(), *own["_buffers"].values()]

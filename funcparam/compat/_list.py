@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from funcparam.compat import _private
 from funcparam.compat._adapter import as_module
-from funcparam.compat._tensors import all_or_nothing, put, register
+from funcparam.compat._tensors import all_or_nothing, own_tensors, put, register
 
 
 class ParametrizationList(nn.ModuleList):
@@ -118,7 +118,7 @@ class ParametrizationList(nn.ModuleList):
             ValueError: what it returns does not fit the raw tensors.
         """
         raw: Any = value
-        with torch.no_grad(), all_or_nothing(self.modules(), self.tensors()):
+        with torch.no_grad(), all_or_nothing(self.modules(), own_tensors(self)):
             for part in reversed(self._parts()):
                 if not hasattr(part, "right_inverse"):
                     raise RuntimeError(
@@ -129,17 +129,6 @@ class ParametrizationList(nn.ModuleList):
                 self._set_one(raw)
             else:
                 self._set_many(raw)
-
-    def initialise(self, value: Tensor) -> None:
-        """As `right_inverse`; power iterations start from the singular vectors of their raw."""
-        self.right_inverse(value)
-        args = self.raw()
-        with torch.no_grad():
-            for part in self._parts():
-                restart = getattr(part, "restart", None)
-                if restart is not None:
-                    restart(*args)
-                args = (part(*args),)
 
     def _set_one(self, raw: Any) -> None:
         if not isinstance(raw, Tensor):
@@ -199,10 +188,6 @@ class ParametrizationList(nn.ModuleList):
         """The raw tensors in order."""
         found = self._parameters  # nn.Module.__getattr__ is slow
         return tuple([found[n] if n in found else getattr(self, n) for n in self.raw_names])
-
-    def tensors(self) -> list[Tensor]:
-        """The raw tensors without those that are none."""
-        return [*self.parameters(recurse=False), *self.buffers(recurse=False)]
 
     def _parts(self) -> list[nn.Module]:
         return [part for key, part in self._modules.items() if key.isdigit()]

@@ -18,6 +18,11 @@ def register(module: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_buffer(name, tensor)
 
 
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of the module itself."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
 def put(dest: Tensor, src: Tensor) -> None:
     """Give `dest` the data of `src` and let it be the same object, which optimizers know."""
     if dest is src:

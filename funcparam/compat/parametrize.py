@@ -15,7 +15,7 @@ from funcparam.compat._cache import cached
 from funcparam.compat._classes import original_class, parametrized_class
 from funcparam.compat._gate import ShowsTorchsCache
 from funcparam.compat._list import ParametrizationList, like
-from funcparam.compat._tensors import all_or_nothing, put, register, state_kept
+from funcparam.compat._tensors import all_or_nothing, own_tensors, put, register, state_kept
 
 __all__ = [
     "ParametrizationList",
@@ -206,8 +206,7 @@ def remove_parametrizations(
     if not is_parametrized(module, tensor_name):
         raise ValueError(f"Module {module} does not have a parametrization on {tensor_name}")
     held = _lists(module)[tensor_name]
-    raws = [*held.parameters(recurse=False), *held.buffers(recurse=False)]
-    with all_or_nothing(_concerned(module), raws):
+    with all_or_nothing(_concerned(module), own_tensors(held)):
         tensor = _plain_tensor(module, tensor_name, leave_parametrized)
         del _lists(module)[tensor_name]
         names = set(_lists(module))
@@ -301,8 +300,8 @@ def transfer_parametrizations_and_params(
     if not is_parametrized(from_module):
         return to_module
     names = list(_lists(from_module)) if tensor_name is None else [tensor_name]
-    before = [*to_module.parameters(recurse=False), *to_module.buffers(recurse=False)]
-    with all_or_nothing([*_concerned(to_module), *_concerned(from_module)], before):
+    modules = [*_concerned(to_module), *_concerned(from_module)]
+    with all_or_nothing(modules, own_tensors(to_module)):
         for name in names:
             _transfer(from_module, to_module, name)
     return to_module

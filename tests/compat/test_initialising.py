@@ -217,6 +217,15 @@ def test_in_a_compiled_function():
     assert_close(fresh(torch.zeros(4, 4)), 1 + layer.weight)
 
 
+@pytest.mark.parametrize("name", ["orthogonal", "weight_norm"])
+def test_what_torch_parametrized_before_is_initialised_too(name):
+    layer = getattr(nn.utils.parametrizations, name)(linear())
+    with funcparam.compat.installed():
+        api.register_parametrization(layer, "bias", Double())  # now it is compat's too
+        drawn = init.orthogonal_(layer.weight).detach().clone()
+    assert_close(layer.weight.detach(), drawn, atol=1e-5, rtol=1e-5)
+
+
 def test_the_functions_of_init_are_torchs_again_afterwards():
     before = dict(vars(init))
     with funcparam.compat.installed():
