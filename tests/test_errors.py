@@ -143,6 +143,29 @@ def one_of_two():
     register(net.encoder, Symmetric())
 
 
+def moved_by_adagrad():
+    p = fp.parametrize(NET, {"weight": UnitNorm(dim=None)})
+    raw, state = p.init(NET)
+    with torch.no_grad():
+        raw["weight"].mul_(2)
+    fp.move(p, p, raw, state, torch.optim.Adagrad(fp.trainable(raw)))
+
+
+def moved_by_a_stranger():
+    p = fp.parametrize(NET, {"weight": UnitNorm(dim=None)})
+    raw, state = p.init(NET)
+    fp.trainable(raw)
+    with torch.no_grad():
+        raw["weight"].mul_(2)
+    fp.move(p, p, raw, state, torch.optim.SGD([torch.ones(1)]))
+
+
+def moved_in_views():
+    p = fp.parametrize(NET, {"weight": WeightNorm(dim=None)})
+    raw, state = p.init(NET)
+    fp.move(p, fp.parametrize(NET, []), raw, state, fp.groups(raw, p).optimizer())
+
+
 def in_bound(net, values):
     with fp.bound(net, values):
         pass
