@@ -144,7 +144,7 @@ def one_of_two():
 
 
 def moved_by_adagrad():
-    p = fp.parametrize(NET, {"weight": UnitNorm(dim=None)})
+    p = fp.parametrize(NET, {"weight": fp.transforms.UnitNorm(dim=None)})
     raw, state = p.init(NET)
     with torch.no_grad():
         raw["weight"].mul_(2)
@@ -152,7 +152,7 @@ def moved_by_adagrad():
 
 
 def moved_by_a_stranger():
-    p = fp.parametrize(NET, {"weight": UnitNorm(dim=None)})
+    p = fp.parametrize(NET, {"weight": fp.transforms.UnitNorm(dim=None)})
     raw, state = p.init(NET)
     fp.trainable(raw)
     with torch.no_grad():
