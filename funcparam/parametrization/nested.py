@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import optree
 from optree import MappingEntry, NamedTupleEntry, PyTreeAccessor
@@ -19,15 +19,48 @@ class Structure:
 
     spec: optree.PyTreeSpec
     names: tuple[str, ...]
-    _template: Any = field(init=False, repr=False, compare=False)
+    _root: _Node | str | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # A spec made outside a torch.compile trace cannot be used inside it; a tree of names can.
-        object.__setattr__(self, "_template", optree.tree_unflatten(self.spec, self.names))
+        # Compilers cannot trace what optree does in C++, but can what it calls for each container.
+        object.__setattr__(self, "_root", _node(optree.tree_unflatten(self.spec, self.names)))
+
+    def __reduce__(self) -> Any:
+        return Structure, (self.spec, self.names)
 
     def fill(self, values: Mapping[str, Any]) -> Any:
         """Build the tree with `values[name]` at each name."""
-        return optree.tree_map(values.__getitem__, self._template)
+        return _filled(self._root, values)
+
+
+class _Node(NamedTuple):
+    """A container: what makes it of its children, each another container or the name of a leaf."""
+
+    make: Callable[[Any, list[Any]], Any]
+    metadata: Any
+    children: list[Any]
+
+
+def _node(tree: Any) -> _Node | str | None:
+    if tree is None or isinstance(tree, str):
+        return tree
+    if type(tree) is dict:  # optree's own way to make one is more than compilers can trace
+        items = cast("dict[Any, Any]", tree)
+        return _Node(_as_dict, list(items), [_node(child) for child in items.values()])
+    children, metadata, _, make = optree.tree_flatten_one_level(tree)
+    return _Node(cast("Any", make), metadata, [_node(child) for child in children])
+
+
+def _as_dict(keys: list[Any], values: list[Any]) -> dict[Any, Any]:
+    return dict(zip(keys, values, strict=True))
+
+
+def _filled(node: _Node | str | None, values: Mapping[str, Any]) -> Any:
+    if node is None:
+        return None
+    if isinstance(node, str):
+        return values[node]
+    return node.make(node.metadata, [_filled(child, values) for child in node.children])
 
 
 def flatten_nested(tree: Any) -> tuple[dict[str, Tensor], Structure]:

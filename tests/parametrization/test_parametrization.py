@@ -26,7 +26,6 @@ from funcparam.transforms import (
     WeightNorm,
 )
 from tests.networks import Classifier, Tied, loss_of, mixed, mlp
-from tests.versions import words_of_213
 
 
 def noisy(tree):
@@ -271,7 +270,6 @@ def test_any_pytree():
     assert equal(same(raw, state), out)
 
 
-@words_of_213  # before, Dynamo traced no optree
 def test_any_pytree_compiled():
     tree = {"layers": [torch.randn(3, 3), None], "pair": Pair(torch.rand(2), {"x": torch.ones(1)})}
     p = fp.parametrize(tree, {"layers.0": Symmetric(), "pair.left": Positive()})
