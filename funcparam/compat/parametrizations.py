@@ -148,6 +148,9 @@ class _WeightNorm(_private.TorchWeightNorm):
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         """Map magnitude and direction to the value."""
         magnitude, direction = _private.whole((weight_g, weight_v))
+        if direction.dtype in (torch.bfloat16, torch.float16):
+            # as in torch the norm is rounded as the magnitude was, which so gives its value back
+            return direction * (magnitude / torch.norm_except_dim(direction, 2, self.dim))
         return self.transform.forward({"magnitude": magnitude, "direction": direction}, {})
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:

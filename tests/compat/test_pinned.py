@@ -283,6 +283,13 @@ class TestWeightNorm:
         assert type(layer) is nn.Linear
         assert_close(layer(x).detach(), expected, **near)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(("name", "dim"), [("torch", None), ("compat", None), ("compat", 0)])
+    def test_half_precision_gives_the_value_back(self, name, dtype, dim):
+        layer = linear(40, 30, dtype=dtype)
+        before = layer.weight.detach().clone()
+        assert torch.equal(BOTH[name][1].weight_norm(layer, dim=dim).weight, before)
+
     @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
     def test_what_the_older_hook_saved_loads(self, side, swap):
         _, functions = side
