@@ -12,7 +12,6 @@ from funcparam.compat import _private
 from funcparam.compat._adapter import steps, write
 from funcparam.compat.parametrize import register_parametrization
 from funcparam.transforms import Orthogonal, SpectralNorm, WeightNorm
-from funcparam.transforms.contract.steps import updated
 
 __all__ = ["orthogonal", "spectral_norm", "weight_norm"]
 
@@ -224,7 +223,7 @@ class _SpectralNorm(_private.TorchSpectralNorm):
     ) -> tuple[Tensor, Tensor] | None:
         """Iterate, write the vectors to the buffers, and return them."""
         state = {"u": self._u, "v": self._v}
-        new = updated(SpectralNorm(0, n_power_iterations, self.eps), weight_mat, state)
+        new = SpectralNorm(0, n_power_iterations, self.eps).update(weight_mat, state)
         write(state, new)
         return new["u"], new["v"]
 
