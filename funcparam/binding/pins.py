@@ -110,7 +110,8 @@ def _regions() -> Iterator[_Region]:
         frame = frame.f_back
 
 
-@torch.library.custom_op("funcparam::settled", mutates_args=())
+# A graph that is replayed on a GPU would not ask.
+@torch.library.custom_op("funcparam::settled", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def settled_when_run(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
     """`settled`, for compiled code: one list after the other."""
     used, kept = settled(old, new)

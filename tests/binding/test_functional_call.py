@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import time
 import weakref
 
 import pytest
@@ -339,3 +340,92 @@ def test_a_network_with_a_scripted_part_is_pytorchs():
     out = fp.functional_call(net)(params, (x,))
     assert torch.equal(out, torch.func.functional_call(net, params, (x,)))
     assert torch.equal(out, net[0](x))
+
+
+def test_a_tie_may_come_apart_for_a_call():
+    net, _ = net_and_params([], shared=False)
+    net.eval()
+    call = fp.functional_call(net)
+    for tie_weights in (True, False):
+        found = call({"a.weight": torch.zeros(3, 3)}, (X,), tie_weights=tie_weights)
+        twin = copy.deepcopy(net)
+        twin.calls.sub_(1)
+        given = {"a.weight": torch.zeros(3, 3)}
+        expected = torch.func.functional_call(twin, given, (X,), tie_weights=tie_weights)
+        assert_close(found, expected)
+        net.calls.zero_()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("wrap", "text"),
+    [
+        (lambda net: torch.jit.trace(net, X), "Jitted modules"),
+        (torch.jit.script, "Jitted modules"),
+        (nn.DataParallel, "DataParallel"),
+    ],
+    ids=["traced", "scripted", "DataParallel"],
+)
+def test_what_torch_refuses(wrap, text):
+    net = wrap(nn.Linear(3, 3))
+    for params in ({"weight": torch.zeros(3, 3)}, {}):
+        with pytest.raises(RuntimeError, match=text):
+            fp.functional_call(net)(params, (X,))
+
+
+class Slow(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.002)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kinds", [("call", "call"), ("call", "bound"), ("bound", "recompute")])
+def test_prepared_calls_of_one_network_take_turns(kinds):
+    net, wrong = Slow(3, 3, bias=False), []
+    p = fp.parametrize(net, {"weight": fp.transforms.Identity()})
+
+    def work(kind, value):
+        values = {"weight": torch.full((3, 3), value)}
+        for _ in range(10):
+            if kind == "call":
+                out = fp.functional_call(net)(values, (torch.ones(1, 3),))
+            elif kind == "recompute":
+                out = fp.recompute(net, p)(values, {}, (torch.ones(1, 3),))
+            else:
+                with fp.bound(net, values) as same:
+                    out = same(torch.ones(1, 3))
+            if out[0, 0] != 3 * value:
+                wrong.append(value)
+
+    args = [(kinds[0], 1.0), (kinds[1], 2.0)]
+    threads = [threading.Thread(target=work, args=own, daemon=True) for own in args]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not wrong
+
+
+def test_a_tie_does_not_leave_the_prepared_way(monkeypatch):
+    net, _ = net_and_params([])
+    p = fp.parametrize(net, [])
+    values = p(*p.init(net))
+    assert {"a.weight", "b.weight", "again.bias", "c.bias"} <= values.keys()
+    monkeypatch.setattr("torch.func.functional_call", None)
+    own = {name: id(t) for name, t in net.named_parameters(remove_duplicate=False)}
+    assert fp.functional_call(net)(values, (X,)).isfinite().all()
+    assert own == {name: id(t) for name, t in net.named_parameters(remove_duplicate=False)}
+
+
+def test_a_block_that_fails_leaves_the_network_as_it_was():
+    net = nn.LSTM(3, 3)
+    own, lists = dict(net._parameters), list(net._flat_weights)
+    values = {name: torch.zeros_like(t) for name, t in net.named_parameters()}
+    with pytest.raises(ArithmeticError), fp.bound(net, values):
+        assert not net(torch.ones(2, 1, 3))[0].any()
+        raise ArithmeticError
+    assert all(net._parameters[name] is t for name, t in own.items())
+    assert all(a is b for a, b in zip(net._flat_weights, lists, strict=True))
+    net.weight_ih_l0 = nn.Parameter(torch.ones(12, 3))
+    assert net(torch.ones(2, 1, 3))[0].any()
