@@ -388,9 +388,8 @@ class Parametrized(nn.Module):
         raw, state = self._own()
         if not (self.training and self._evolves):
             return self._evaluation.values(raw, state)
-        if torch.compiler.is_exporting() or not (
-            torch.compiler.is_compiling() or is_checkpointed()
-        ):
+        tracing = torch.compiler.is_dynamo_compiling()
+        if not tracing and (torch.compiler.is_compiling() or not is_checkpointed()):
             values, new = self._evaluation.advanced(raw, state)
             changed = changes(state, new)
             overwrite([c.old for c in changed], [c.new for c in changed])

@@ -78,7 +78,7 @@ def settled(
 
 def settle(old: list[Tensor], new: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The same, also for a compiler."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return settled(old, new)
     found = settled_when_run(old, new)
     return found[: len(old)], found[len(old) :]

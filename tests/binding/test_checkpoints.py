@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import funcparam as fp
 from funcparam.transforms import Orthogonal, Positive, SpectralNorm, WeightNorm
+from tests.versions import words_of_213
 
 RULES = {
     "blocks.0.one.weight": Orthogonal(),
@@ -181,6 +182,7 @@ def test_a_reentrant_checkpoint_whose_input_needs_no_gradient():
     torch.testing.assert_close(gradients(model), gradients(plain))
 
 
+@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT:FutureWarning")
 @pytest.mark.parametrize("kind", ["NO_REENTRANT", "REENTRANT", "composable", "apply"])
 def test_the_wrappers_of_torch_distributed(kind):
     plain, model = shell(None), shell(None)
@@ -407,6 +409,7 @@ def test_around_and_inside_at_once():
     torch.testing.assert_close(dict(model.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
 
 
+@words_of_213  # an older compiler breaks the graph there
 def test_in_a_whole_compiled_step_around_a_shell_without_evolving_state():
     torch._dynamo.reset()
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
