@@ -128,6 +128,7 @@ def test_accelerate(tmp_path):
     assert own.unwrap_model(wrapped) is model
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_lightning(tmp_path):
     lightning = pytest.importorskip("lightning")
 
