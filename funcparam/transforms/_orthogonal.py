@@ -134,12 +134,12 @@ class Orthogonal(Transform[Tensor]):
         raw, signs = reflectors(tall)
         return raw.mT if wide else raw, {"signs": signs}
 
-    @full_precision
     def role(self, key: str) -> Role:
         if self.trivialize:
             return "relative"
         return "direction" if self.map in _PROJECTIONS else "coordinates"
 
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         if not self.trivialize:
             return raw, state
