@@ -70,14 +70,14 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
             dim = dim if dim >= 0 else dim + last + 1
             if dim in (0, last):
                 return fused_weight_norm(magnitude, direction, dim)
-        return self._composed(raw, state)
+        return self._composed(direction, {"magnitude": magnitude})
 
     def forward_stacked(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         direction = raw["direction"]
         if self.dim == 0 and direction.ndim > 2:  # rows are independent of each other
             rows = {name: tensor.flatten(0, 1) for name, tensor in raw.items()}
             return self.forward(rows, state).view_as(direction)
-        return self._composed(raw, state, 1)
+        return self._composed(direction, {"magnitude": raw["magnitude"]}, 1)
 
     @full_precision
     def right_inverse(
@@ -108,11 +108,11 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
             expect_dim(self, value, self.dim)
 
     @full_precision
-    def _composed(self, raw: Mapping[str, Tensor], state: State, stacked: int = 0) -> Tensor:
-        magnitude, direction = raw["magnitude"], raw["direction"]
+    def _composed(self, direction: Tensor, other: Mapping[str, Tensor], stacked: int = 0) -> Tensor:
+        """The value, in the dtype of the direction, which is of the weight's shape."""
         if direction.numel() == 0:  # its norm is 0
-            return direction * magnitude
-        return direction * (magnitude / self._norm(direction, stacked))
+            return direction * other["magnitude"]
+        return direction * (other["magnitude"] / self._norm(direction, stacked))
 
     def _scale(self, value: Tensor) -> Tensor:
         """1, or the largest entry where squares of the norm would vanish or overflow."""

@@ -127,7 +127,7 @@ def test_mxfp4_scales_are_those_of_the_specification():
 
 def test_groups_are_pytorchs_channels_of_the_regrouped_weight():
     W = torch.randn(4, 64)
-    transform = FakeQuantize(4, symmetric=False, group_size=32)
+    transform = FakeQuantize(4, "affine", group_size=32)
     raw, state = transform.right_inverse(W)
     observer = torch.ao.quantization.PerChannelMinMaxObserver(
         ch_axis=0, dtype=torch.quint8, quant_min=0, quant_max=15, qscheme=torch.per_channel_affine
