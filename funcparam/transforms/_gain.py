@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, final
 
 import torch
@@ -18,7 +19,7 @@ from funcparam.transforms.contract.arguments import INTEGER, expect_argument
 from funcparam.transforms.contract.base import AnyTransform, State, expect_dim
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.norms import norms
+from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.slices import other_dims
 
 
@@ -92,13 +93,11 @@ class Gain(Parts):
         raw, state = self.part.right_inverse(value, generator=generator)
         P = self.part.forward(raw, state)
         dims = other_dims(value, self.dim)
-        length, own = (
-            norms(value, dims),
-            norms(P, dims),
-        )  # of products some would overflow or vanish
-        unit, direction = (X / torch.where(n == 0, 1, n) for X, n in ((value, length), (P, own)))
-        cosine = (direction.conj() * unit).real.sum(dims, keepdim=True)
-        gain = (cosine * length / torch.where(own == 0, 1, own)).squeeze(dims)
+        unit, size = _scaled(value, dims)
+        direction, own = _scaled(P, dims)
+        along = (direction.conj() * unit).real.sum(dims)
+        square = (direction.conj() * direction).real.sum(dims)
+        gain = along / torch.where(square == 0, 1, square) * (size / own).reshape(along.shape)
         return {"gain": gain, **merged([raw])}, merged([state])
 
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
@@ -129,3 +128,13 @@ class Gain(Parts):
     def _value(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         ((part, X, own),) = self.each(raw, state)
         return self._scaled(part.forward(X, own), raw["gain"])
+
+
+def _scaled(X: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """X with largest entries of 1 in size, whose products are no extremes, and what that was."""
+    ones = torch.ones_like(X.real.sum(dims, keepdim=True))
+    if X.numel() == 0:  # has no largest entry
+        return X, ones
+    size: Tensor = linalg.vector_norm(X.detach(), inf, dim=dims, keepdim=True)
+    size = torch.where(size == 0, ones, size)
+    return X / size, size
