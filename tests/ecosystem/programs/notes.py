@@ -48,6 +48,18 @@ def first_tensor(output):
     return None
 
 
+def fill(model):
+    """Give each parameter a fixed value, where a package initialises computed weights.
+
+    Torch drops what is written to them, and compat takes it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    return model
+
+
 def train(label, model, run, steps=3, rate=0.01):
     """Train by plain gradient descent, then evaluate, copy, save and load; keep all of it."""
     torch.manual_seed(0)

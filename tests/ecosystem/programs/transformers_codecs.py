@@ -1,7 +1,7 @@
 """transformers: EnCodec, DAC, SpeechT5-HiFiGAN, UnivNet, VITS, with their apply_weight_norm"""
 
 import torch
-from notes import attempt, copied, note, train
+from notes import attempt, copied, fill, note, train
 from transformers import (
     DacConfig,
     DacModel,
@@ -37,6 +37,7 @@ model, x = (
     ),
     torch.randn(1, 1, 256),
 )
+fill(model)
 train("encodec", model, lambda m: m.decoder(m.encoder(x)))
 copied("encodec", model, lambda m: m.decoder(m.encoder(x)))
 
@@ -51,6 +52,7 @@ model = DacModel(
         codebook_dim=4,
     )
 )
+fill(model)
 train("dac", model, lambda m: m.decoder(m.encoder(x)))
 weight_norm("dac", model, lambda m: m.decoder(m.encoder(x)))
 
@@ -68,6 +70,7 @@ model, mel = (
     ),
     torch.randn(1, 12, 8),
 )
+fill(model)
 train("hifigan", model, lambda m: m(mel))
 weight_norm("hifigan", model, lambda m: m(mel))
 
@@ -84,6 +87,7 @@ model = UnivNetModel(
     )
 )
 mel = torch.randn(1, 6, 8)
+fill(model)
 train("univnet", model, lambda m: m(mel).waveforms)
 weight_norm("univnet", model, lambda m: m(mel).waveforms)
 
@@ -111,6 +115,7 @@ model = VitsModel(
     )
 )
 tokens = torch.randint(0, 12, (1, 6))
+fill(model)
 train("vits", model.flow, lambda m: m(torch.ones(1, 8, 5), torch.ones(1, 1, 5)))
 train("vits decoder", model.decoder, lambda m: m(torch.ones(1, 8, 5)))
 weight_norm("vits decoder", model.decoder, lambda m: m(torch.ones(1, 8, 5)))

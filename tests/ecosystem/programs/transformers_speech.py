@@ -3,7 +3,7 @@
 import tempfile
 
 import torch
-from notes import copied, note, train
+from notes import copied, fill, note, train
 from transformers import (
     HubertConfig,
     HubertModel,
@@ -40,7 +40,7 @@ KINDS = [
 
 for config, kind in KINDS:
     torch.manual_seed(0)
-    model, x = kind(config(**SMALL)), torch.randn(2, 800)
+    model, x = fill(kind(config(**SMALL))), torch.randn(2, 800)
     name = kind.__name__
     train(name, model, lambda m, x=x: m(x).last_hidden_state)
     copied(name, model, lambda m, x=x: m(x).last_hidden_state)
