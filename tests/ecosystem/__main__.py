@@ -50,7 +50,7 @@ def table(found: list[Row]) -> str:
 
 def page(found: list[Row]) -> str:
     """The page of the documentation."""
-    ran = [row for row in found if not row.equal.startswith("not installed")]
+    ran = [row for row in found if not row.equal.startswith("not ")]
     counts = f"{len(ran)} runs of {len({row.package for row in ran})} packages"
     return PAGE.read_text().format(counts=counts, torch=torch.__version__, table=table(found))
 

@@ -27,7 +27,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        return not self.equal.startswith(("yes", "not installed"))
+        return not self.equal.startswith(("yes", "not "))
 
 
 def run_program(path: Path, overlay: Path) -> Row:
