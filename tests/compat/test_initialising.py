@@ -226,6 +226,26 @@ def test_what_torch_parametrized_before_is_initialised_too(name):
     assert_close(layer.weight.detach(), drawn, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["weight_norm", "orthogonal", "spectral_norm"])
+def test_what_transformers_has_loaded_is_not_initialised(kind):
+    """`from_pretrained` marks raw, and then initialises every tensor without a mark."""
+    layer = getattr(functions, kind)(nn.Linear(3, 3))
+    held = layer.parametrizations.weight
+    before = copy.deepcopy(layer.state_dict())
+    for raw in held.parameters():
+        raw._is_hf_initialized = True
+    with funcparam.compat.installed():
+        layer.eval()
+        init.normal_(layer.weight)
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        for raw in held.parameters():
+            del raw._is_hf_initialized
+        init.zeros_(layer.bias)
+        init.eye_(layer.weight)
+    assert_close(layer.weight.detach(), torch.eye(3))
+
+
 def test_the_functions_of_init_are_torchs_again_afterwards():
     before = dict(vars(init))
     with funcparam.compat.installed():
