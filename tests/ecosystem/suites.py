@@ -1,6 +1,7 @@
 """The own tests of packages, run with torch and with compat by the pytest plugin."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -66,19 +67,25 @@ def run_suite(suite: Suite, checkouts: Path | None) -> Row:
 
 
 def _tests_of(suite: Suite, version: str, folder: Path, checkouts: Path | None) -> Path | None:
-    """A folder that has the tests: a checkout, or the package's sdist, unpacked."""
-    if checkouts is not None and (checkouts / suite.package / suite.paths[0]).exists():
-        return checkouts / suite.package
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:"]
-    wanted = [f"{suite.package}=={version}", "--no-build-isolation", "--dest", str(folder)]
-    subprocess.run([*command, *wanted], capture_output=True)
-    for archive in folder.glob("*.tar.gz"):
-        with tarfile.open(archive) as file:
-            file.extractall(folder, filter="data")
+    """What has the tests, in `folder`: a copy of a checkout, or the package's sdist, unpacked."""
+    if checkouts is not None and (checkouts / suite.package).exists():
+        shutil.copytree(checkouts / suite.package, folder / suite.package)
+    else:
+        _download(f"{suite.package}=={version}", folder)
     found = [path for path in folder.iterdir() if (path / suite.paths[0]).exists()]
     for root in found:  # else `tests` would be funcparam's, of which there is a package
         (root / Path(suite.paths[0]).parts[0] / "__init__.py").touch()
     return found[0] if found else None
+
+
+def _download(requirement: str, folder: Path) -> None:
+    """Unpack the sdist, if there is one."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:"]
+    wanted = [requirement, "--no-build-isolation", "--dest", str(folder)]
+    subprocess.run([*command, *wanted], capture_output=True)
+    for archive in folder.glob("*.tar.gz"):
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
 
 
 def _run(suite: Suite, root: Path, *, compat: bool) -> dict[str, str]:
