@@ -133,6 +133,7 @@ def test_calls_of_transforms_construct(row):
         "block_size": 2,
         "entries": 2,
         "cap": 1.0,
+        "rotation": "R",
         "fraction": 0.5,
         "format": "float8_e5m2",
         "forward": torch.exp,

@@ -68,6 +68,11 @@ def shells(
     tops = _tops(net, block)
     homes: dict[str, dict[str, Any]] = {}
     for entry in (entry for entry in p.entries if entry.transform is not None):
+        if entry.transform is not None and entry.transform.takes():
+            raise ValueError(
+                f"{entry.name!r}: {entry.transform!r} takes the value of another weight, which the"
+                " shell of its block may not have. Use one Parametrized"
+            )
         found: dict[nn.Module, str] = {}
         for name in entry.names:
             found.setdefault(net.get_submodule(_home(name, tops)), _home(name, tops))

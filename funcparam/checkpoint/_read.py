@@ -120,6 +120,9 @@ def take(
         if extra:
             state[name] = extra
     missing = tuple(seen.names[name] for name in there.missing)
+    if not missing:  # what was inverted knew its own value alone
+        with torch.no_grad():
+            state = p._plan.settled(raw, state, reader.inverted)  # pyright: ignore[reportPrivateUsage]
     _check(p, raw, state, missing)
     _warn(p, reader.moved)
     others = {
@@ -172,6 +175,7 @@ class _Reader:
     generator: torch.Generator | None
     moved: dict[str, float] = field(default_factory=dict[str, float])
     spelt: AsJson = field(default_factory=AsJson)
+    inverted: set[str] = field(default_factory=set[str])
 
     def read(self, entry: Entry, found: Sequence[Stored]) -> tuple[Any, State]:
         """Read the first of what is stored under the names of a tie; the rest has to be equal."""
@@ -234,6 +238,7 @@ class _Reader:
             raw, state = entry.transform.right_inverse(fitted, generator=self.generator)
         except (NotImplementedError, ValueError) as error:
             raise ValueError(f"{name!r} is stored as its value, but {error}") from error
+        self.inverted.add(self.view.names[entry.name])
         stored = self.tensors[self.view.keys[item.keys[0][1]]]
         by = distance_moved(fitted, _value(entry, raw, state), stored.dtype)
         if by:

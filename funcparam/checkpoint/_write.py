@@ -126,6 +126,9 @@ def written(
 ) -> dict[str, Any]:
     """Lay out what was checked."""
     found: OrderedDict[str, Any] = OrderedDict()
+    if style == "plain":  # values, of which some take others
+        with torch.no_grad():
+            state = p._plan.given(raw, state)  # pyright: ignore[reportPrivateUsage]
     for entry in p.entries:
         found |= _parts(entry, whole(raw[entry.name]), whole(state.get(entry.name, {})), style)
     prefix = "net." if style == "funcparam" else ""

@@ -110,6 +110,12 @@ def to_stateful(
         >>> list(to_stateful(net, p, *p.init(net)).state_dict())[1]
         'parametrizations.weight.original'
     """
+    for name, transform in p.items():
+        if transform.takes():
+            raise ValueError(
+                f"{name!r}: {transform!r} takes the value of another weight, which a module that is"
+                " parametrized in place cannot hand it. Keep it functional, or fold it"
+            )
     module = fp.fold(net, p(raw, state))
     for entry in p.entries:
         if entry.transform is None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final
 import torch
 from torch import Tensor
 
-from funcparam.parametrization.batching import Plan
 from funcparam.parametrization.boundary import (
     Entry,
     Expected,
@@ -28,6 +27,7 @@ from funcparam.parametrization.boundary import (
 )
 from funcparam.parametrization.inspect import groups, overview, summary
 from funcparam.parametrization.names import closest
+from funcparam.parametrization.shared import SharedPlan
 from funcparam.parametrization.table import Table, Tabular
 from funcparam.parametrization.tree import flatten
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
@@ -82,7 +82,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     _transforms: dict[str, AnyTransform] = field(init=False, compare=False)
     _aliases: dict[str, str] = field(init=False, compare=False)
     _expected: Expected = field(init=False, compare=False)
-    _plan: Plan = field(init=False, compare=False)
+    _plan: SharedPlan = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         chosen = [entry for entry in self.entries if entry.transform is not None]
@@ -90,7 +90,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             "_transforms": {entry.name: entry.transform for entry in chosen},
             "_aliases": {alias: e.name for e in self.entries for alias in e.names[1:]},
             "_expected": Expected(self.entries),
-            "_plan": Plan(chosen),
+            "_plan": SharedPlan(self.entries),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -166,13 +166,13 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         arXiv 1909.09501.
         """
         state = self._check(raw, state)
-        new_raw, new_state = dict(raw), dict(state)
+        new_raw, new_state, given = dict(raw), dict(state), self._plan.given(raw, state)
         for name, transform in self._transforms.items():
-            own = state.get(name, {})
+            own = given.get(name, {})
             new_raw[name], own = rebased(transform, raw[name], own)
             if own:
                 new_state[name] = own
-        return new_raw, new_state
+        return new_raw, self._plan.emptied(new_state, state)
 
     def log_abs_det_jacobian(self, raw: RawTree, state: StateTree | None = None) -> Tensor:
         """Sum log |det d value / d raw| over all transforms; what passes through adds 0.
@@ -180,7 +180,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         Raises:
             NotImplementedError: a transform has no such determinant; its name is said.
         """
-        state = self._check(raw, state)
+        state = self._plan.given(raw, self._check(raw, state))
         total: Any = torch.zeros(())
         for name, transform in self._transforms.items():
             try:
@@ -246,7 +246,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
                 expect_finite_raw(name, transform, raw[name])
             if own:
                 state[name] = own
-        return raw, state
+        return raw, self._plan.settled(raw, state, self._transforms)
 
     def _log_moves(self, values: Mapping[str, Tensor], raw: RawTree, state: StateTree) -> None:
         for name, projected in self._chosen_values(raw, state).items():
@@ -370,6 +370,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     def _chosen_values(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
         """The values that have a transform."""
+        state = self._plan.given(raw, state)
         return {
             name: transform.forward(raw[name], state.get(name, {}))
             for name, transform in self._transforms.items()
@@ -377,6 +378,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     def _violations(self, values: Mapping[str, Tensor], state: StateTree) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
+        state = self._plan.filled(state, values)
         for name, transform in self._transforms.items():
             value, own = values[name], state.get(name, {})
             try:

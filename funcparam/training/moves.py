@@ -77,6 +77,8 @@ def move(
     _expect_same_weights(p, q)
     with torch.no_grad():
         new_raw, new_state = _moved(p, q, raw, state)
+    old_given = p._plan.given(raw, state)  # pyright: ignore[reportPrivateUsage]
+    new_given = q._plan.given(new_raw, new_state)  # pyright: ignore[reportPrivateUsage]
     result: dict[str, Raw] = {}
     writes: list[Callable[[], object]] = []
     for name, own in new_raw.items():
@@ -86,8 +88,8 @@ def move(
             continue
         writes += weight.writes()
         if optimizer is not None:
-            old_chart = _chart(p.get(name), state.get(name, {}))
-            new_chart = _chart(q.get(name), new_state.get(name, {}))
+            old_chart = _chart(p.get(name), old_given.get(name, {}))
+            new_chart = _chart(q.get(name), new_given.get(name, {}))
             writes += weight.optimizer_writes(optimizer, old_chart, new_chart)
     with torch.no_grad():
         for write in writes:

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from funcparam.transforms._psd_low_rank import PSDLowRank
     from funcparam.transforms._quantize import FakeQuantize, Ternary
     from funcparam.transforms._randlora import RandLoRA
+    from funcparam.transforms._rotate import RotateIn, RotateOut
     from funcparam.transforms._simplex import Simplex
     from funcparam.transforms._sinkhorn import DoublyStochastic
     from funcparam.transforms._sparse import Sparse
@@ -128,6 +129,8 @@ _FAMILY_OF: Mapping[str, str] = {
     "FakeQuantize": "_quantize",
     "Ternary": "_quantize",
     "RandLoRA": "_randlora",
+    "RotateIn": "_rotate",
+    "RotateOut": "_rotate",
     "Simplex": "_simplex",
     "DoublyStochastic": "_sinkhorn",
     "Sparse": "_sparse",
@@ -205,6 +208,8 @@ __all__ = [
     "RandLoRA",
     "Raw",
     "Reshape",
+    "RotateIn",
+    "RotateOut",
     "Simplex",
     "Skew",
     "SkewHermitian",

@@ -184,15 +184,20 @@ class VeRA(Transform[Mapping[str, Tensor]]):
     (rank,)}`; state is `{"base": W_0, "A": (rank, n), "B": (m, rank)}`. Real and complex. At
     init `b = 0`, so every value is kept exactly, `d = 0.1`, and `A` and `B` are drawn uniformly by
     Kaiming's rule, as in the paper and peft, with variance `2 / n` and `2 / rank`, from `generator`
-    or torch's default one. The paper shares the factors among layers: write the same
-    ones into their states.
+    or torch's default one.
+
+    The paper shares the factors among layers. With `A` or `B` the factor is the value of the weight
+    of that name, of which as many columns or rows are taken as the value has; it has a rule of its
+    own, `Frozen()`, and is no part of state here.
 
     Args:
         rank: the inner dimension, positive; there is nothing to gain from a small one.
+        A: the name of a weight `(rank, at least n)` to take the factor from; None: one of its own.
+        B: likewise, of `(at least m, rank)`.
 
     Raises:
         ValueError: `rank` is not positive; at `fp.parametrize`, if the value has fewer than two
-            dimensions.
+            dimensions, or a factor that is taken is not there or too small.
 
     Example:
         >>> import torch
@@ -210,14 +215,24 @@ class VeRA(Transform[Mapping[str, Tensor]]):
     is_adapter: ClassVar[bool] = True
 
     rank: int
+    A: str | None = None
+    B: str | None = None
 
     def __post_init__(self) -> None:
         expect_argument(self, "rank", POSITIVE_INTEGER)
 
+    def takes(self) -> Mapping[str, str]:
+        named = {"A": self.A, "B": self.B}
+        return {key: name for key, name in named.items() if name is not None}
+
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         base = state["base"]
-        delta = raw["b"].unsqueeze(1) * ((state["B"] * raw["d"]) @ state["A"])
+        m, n = base.flatten(1).shape
+        # without a parametrization that hands a factor: what b = 0 makes of any
+        A = state["A"][:, :n] if "A" in state else raw["d"].new_zeros(self.rank, n)
+        B = state["B"][:m] if "B" in state else raw["b"].new_zeros(m, self.rank)
+        delta = raw["b"].unsqueeze(1) * ((B * raw["d"]) @ A)
         return base + delta.reshape(base.shape)
 
     def right_inverse(
@@ -227,7 +242,8 @@ class VeRA(Transform[Mapping[str, Tensor]]):
         A = sqrt(6) * uniform_factor(value, self.rank, n, generator)
         B = sqrt(6) * uniform_factor(value, m, self.rank, generator)
         raw = {"b": value.new_zeros(m), "d": value.new_full((self.rank,), 0.1)}
-        return raw, {"base": value, "A": A, "B": B}
+        own = {key: X for key, X in (("A", A), ("B", B)) if key not in self.takes()}
+        return raw, {"base": value, **own}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value of `value - base` beyond `rank`, which is necessary only."""

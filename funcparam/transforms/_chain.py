@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias, final
@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
+from funcparam.transforms._parts import kept_by, settled_parts, taken_by
 from funcparam.transforms.contract.base import AnyTransform, State, Transform, expect_constraint
 from funcparam.transforms.contract.roles import Role
 
@@ -153,6 +154,15 @@ class Chain(Transform[Any]):
                 return _behind(parts[i + 1 :], part.free_in_value(value, own))[-1]
             value, _ = part.right_inverse(value) if part.moves_entries else (value, own)
         return None
+
+    def kept_weight(self, state: State) -> Tensor | None:
+        return kept_by(self.parts, state)
+
+    def takes(self) -> Mapping[str, str]:
+        return taken_by(self.parts)
+
+    def settled(self, state: State) -> State:
+        return settled_parts(self.parts, state)
 
     def adapts(self, key: str) -> bool:
         return self.parts[0].adapts(key)

@@ -32,6 +32,9 @@ class Frozen(Transform[Mapping[str, Tensor]]):
     ) -> tuple[Mapping[str, Tensor], State]:
         return {}, {"value": value}
 
+    def kept_weight(self, state: State) -> Tensor | None:
+        return state["value"]
+
     def project(self, value: Tensor, state: State) -> Tensor:
         return state["value"]
 

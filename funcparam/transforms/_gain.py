@@ -12,7 +12,7 @@ from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._parts import (
     Parts,
     checked_parts,
-    in_the_weights_dtype,
+    kept_by,
     merged,
 )
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument
@@ -82,8 +82,13 @@ class Gain(Parts):
             return self.part.is_adapter or isinstance(self.part, Frozen)
         return super().adapts(key)
 
+    def kept_weight(self, state: State) -> Tensor | None:
+        return kept_by(self.parts, state)
+
+    @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return in_the_weights_dtype(self._value(raw, state), state)
+        ((part, X, own),) = self.each(raw, state)
+        return self._scaled(part.forward(X, own), raw["gain"])
 
     @full_precision
     def right_inverse(
@@ -123,11 +128,6 @@ class Gain(Parts):
         if self.dim is None:
             return gain * direction
         return (direction.movedim(self.dim, -1) * gain).movedim(-1, self.dim)
-
-    @full_precision
-    def _value(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        ((part, X, own),) = self.each(raw, state)
-        return self._scaled(part.forward(X, own), raw["gain"])
 
 
 def _scaled(X: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._parts import (
     Parts,
     checked_parts,
-    in_the_weights_dtype,
+    kept_by,
     merged,
 )
 from funcparam.transforms.contract.base import AnyTransform, State
@@ -68,8 +68,12 @@ class Hadamard(Parts):
         """Beside a frozen part the others are what is added to it, and are trained."""
         return super().adapts(key) or any(isinstance(part, Frozen) for part in self.parts)
 
+    def kept_weight(self, state: State) -> Tensor | None:
+        return kept_by(self.parts, state)
+
+    @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return in_the_weights_dtype(self._value(raw, state), state)
+        return reduce(torch.mul, [part.forward(X, own) for part, X, own in self.each(raw, state)])
 
     @full_precision
     def right_inverse(
@@ -96,10 +100,6 @@ class Hadamard(Parts):
     def check(self, value: Tensor) -> None:
         for part in self.parts:
             part.check(value)
-
-    @full_precision
-    def _value(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return reduce(torch.mul, [part.forward(X, own) for part, X, own in self.each(raw, state)])
 
 
 def _ratio(value: Tensor, divisor: Tensor) -> Tensor:

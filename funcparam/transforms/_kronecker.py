@@ -65,7 +65,9 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
     B: AnyTransform = _FREE
 
     def __post_init__(self) -> None:
-        checked_parts("Kronecker", (self.A, self.B))
+        for part in checked_parts("Kronecker", (self.A, self.B)):
+            if part.takes():
+                raise ValueError(f"Kronecker expects parts that take no other value; got {part!r}")
         keep_integers(self, "left")
         if len(self.left) != 2 or min(self.left) <= 0:
             raise ValueError(f"Kronecker expects left to be two positive sides; got {self.left}")

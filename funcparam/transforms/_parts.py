@@ -28,6 +28,12 @@ class Parts(Transform[Mapping[str, Tensor]]):
         position, _, own = key.partition(".")
         return self.parts[int(position)].role(own)
 
+    def takes(self) -> Mapping[str, str]:
+        return taken_by(self.parts)
+
+    def settled(self, state: State) -> State:
+        return settled_parts(self.parts, state)
+
     def adapts(self, key: str) -> bool:
         position, _, own = key.partition(".")
         return self.parts[int(position)].adapts(own)
@@ -52,13 +58,10 @@ class Parts(Transform[Mapping[str, Tensor]]):
             yield part, own_raw(raw, str(i)), own_tensors(state, i)
 
 
-def in_the_weights_dtype(value: Tensor, state: State) -> Tensor:
-    """A value that raw of a higher precision may have been added to, as the weight in state is."""
-    for key, tensor in state.items():
-        kept = key.rpartition(".")[2] in ("value", "base")
-        if kept and tensor.is_floating_point() and value.is_floating_point():
-            return value.to(tensor.dtype)
-    return value
+def kept_by(parts: Iterable[AnyTransform], state: State) -> Tensor | None:
+    """The weight that is in the state of a part, the first one that has it."""
+    found = (part.kept_weight(own_tensors(state, i)) for i, part in enumerate(parts))
+    return next((weight for weight in found if weight is not None), None)
 
 
 def checked_parts(kind: str, parts: Iterable[AnyTransform]) -> tuple[AnyTransform, ...]:
@@ -70,6 +73,23 @@ def checked_parts(kind: str, parts: Iterable[AnyTransform]) -> tuple[AnyTransfor
         if not isinstance(part, Transform):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{kind} expects transforms; got {part!r}")
     return parts
+
+
+def taken_by(parts: Iterable[AnyTransform]) -> dict[str, str]:
+    """What parts take, under the keys of state that are theirs by position."""
+    return {
+        f"{i}.{key}": name for i, part in enumerate(parts) for key, name in part.takes().items()
+    }
+
+
+def settled_parts(parts: Iterable[AnyTransform], state: State) -> State:
+    """State with that of each part settled."""
+    new = dict(state)
+    for i, part in enumerate(parts):
+        if part.takes():
+            own = part.settled(own_tensors(state, i))
+            new |= {f"{i}.{key}": tensor for key, tensor in own.items()}
+    return new
 
 
 def own_raw(raw: Mapping[str, Tensor], key: str) -> Any:

@@ -13,7 +13,7 @@ from funcparam.transforms._low_rank import balanced_factors, singular_value
 from funcparam.transforms._parts import (
     Parts,
     checked_parts,
-    in_the_weights_dtype,
+    kept_by,
     merged,
 )
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument, expect_choice
@@ -90,8 +90,14 @@ class Product(Parts):
         """Beside a frozen part the others are what is added to it, and are trained."""
         return super().adapts(key) or any(isinstance(part, Frozen) for part in self.parts)
 
+    def kept_weight(self, state: State) -> Tensor | None:
+        return kept_by(self.parts, state)
+
+    @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return in_the_weights_dtype(self._value(raw, state), state)
+        return reduce(
+            torch.matmul, [part.forward(X, own) for part, X, own in self.each(raw, state)]
+        )
 
     @full_precision
     def right_inverse(
@@ -151,12 +157,6 @@ class Product(Parts):
         for part, rows, columns in zip(self.parts, sides, sides[1:], strict=False):
             shape = (*value.shape[:-2], rows, columns)
             part.check(torch.empty(shape, dtype=value.dtype, device="meta"))
-
-    @full_precision
-    def _value(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return reduce(
-            torch.matmul, [part.forward(X, own) for part, X, own in self.each(raw, state)]
-        )
 
 
 def _identity(like: Tensor, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from funcparam.transforms._frozen import Frozen
 from funcparam.transforms._parts import (
     Parts,
     checked_parts,
-    in_the_weights_dtype,
+    kept_by,
     merged,
 )
 from funcparam.transforms.contract.base import AnyTransform, State
@@ -76,8 +76,12 @@ class Sum(Parts):
         """Beside a frozen part the others are what is added to it, and are trained."""
         return super().adapts(key) or any(isinstance(part, Frozen) for part in self.parts)
 
+    def kept_weight(self, state: State) -> Tensor | None:
+        return kept_by(self.parts, state)
+
+    @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return in_the_weights_dtype(self._value(raw, state), state)
+        return reduce(torch.add, [part.forward(X, own) for part, X, own in self.each(raw, state)])
 
     @full_precision
     def right_inverse(
@@ -123,7 +127,3 @@ class Sum(Parts):
         each = list(self.each(raw, state))
         trained = [item for item in each if not isinstance(item[0], Frozen)]
         return trained, [item for item in each if isinstance(item[0], Frozen)]
-
-    @full_precision
-    def _value(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return reduce(torch.add, [part.forward(X, own) for part, X, own in self.each(raw, state)])

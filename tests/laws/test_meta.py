@@ -24,6 +24,8 @@ def test_right_inverse_forward_update(case, shape):
 @every_row
 def test_fake_tensors_have_no_entries_to_look_at(case, shape):
     value = value_of(case, shape)
+    if case.transform.takes():  # from weights that are not here: test_shared.py has them
+        return
     with FakeTensorMode() as mode:
         fake = {"w": mode.from_tensor(value)}
         p = fp.parametrize(fake, {"w": case.transform})

@@ -117,6 +117,31 @@ class Transform(ABC, Generic[R]):
         """
         return self.is_adapter
 
+    def kept_weight(self, state: State) -> Tensor | None:
+        """Find the weight itself in state, whose dtype values have; None where it is not there.
+
+        An adapter has it as `"base"`; a transform with parts asks them.
+        """
+        return state.get("base") if self.is_adapter else None
+
+    def takes(self) -> Mapping[str, str]:
+        """Say which values of other weights `forward` works with: keys of state, and their names.
+
+        One raw then feeds many weights, and its gradients add: rotations that a network has in
+        pairs, factors that all layers have. A parametrization puts these values into state, next to
+        the transform's own, wherever it hands state to a method but `right_inverse`, which makes
+        the transform's own alone. A transform with parts passes on what they take.
+        """
+        return {}
+
+    def settled(self, state: State) -> State:
+        """Adjust a state that the right inverse has made to what it takes, which is in state now.
+
+        A right inverse knows its own value alone; afterwards `forward` has to give that value with
+        the values of others, too. The default leaves state as it is.
+        """
+        return state
+
     def undo(self, value: Tensor, state: State) -> Tensor | None:
         """Find the raw behind `value` where every tensor is a value, and of one raw alone.
 

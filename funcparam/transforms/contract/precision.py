@@ -48,10 +48,14 @@ def full_precision(method: Method) -> Method:
         if isinstance(out, tuple):
             raw, own = cast("tuple[Any, Any]", out)
             return _narrowed(raw, first, tensor.dtype), _narrowed(own, state, tensor.dtype)
-        adapts: bool = getattr(self, "is_adapter", False) and "base" in state
-        return _narrowed(out, state, state["base"].dtype if adapts else tensor.dtype)
+        kept = getattr(self, "kept_weight", _no_weight)(state)
+        return _narrowed(out, state, tensor.dtype if kept is None else kept.dtype)
 
     return cast("Method", run)
+
+
+def _no_weight(state: Any) -> Tensor | None:
+    return None
 
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
