@@ -172,14 +172,14 @@ def test_everything_is_reached_from_the_package():
 
 
 def test_every_transform_is_a_row_of_the_table():
-    from tests.cases import CASES
+    from tests.cases import CASES, TAKING
 
     def kinds(transform):
         yield type(transform).__name__
         for part in getattr(transform, "parts", ()):
             yield from kinds(part)
 
-    covered = {kind for case in CASES for kind in kinds(case.transform)}
+    covered = {kind for case in (*CASES, *TAKING) for kind in kinds(case.transform)}
     public = {
         name
         for name in funcparam.transforms.__all__

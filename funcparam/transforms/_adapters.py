@@ -15,6 +15,7 @@ from funcparam.transforms.contract.arguments import (
     NUMBER,
     POSITIVE_INTEGER,
     expect_argument,
+    expect_name,
 )
 from funcparam.transforms.contract.base import (
     AnyTransform,
@@ -220,6 +221,8 @@ class VeRA(Transform[Mapping[str, Tensor]]):
 
     def __post_init__(self) -> None:
         expect_argument(self, "rank", POSITIVE_INTEGER)
+        expect_name(self, "A", optional=True)
+        expect_name(self, "B", optional=True)
 
     def takes(self) -> Mapping[str, str]:
         named = {"A": self.A, "B": self.B}

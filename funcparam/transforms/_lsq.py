@@ -8,12 +8,12 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from funcparam.transforms._quantize import FakeQuantize
-from funcparam.transforms.contract.arguments import expect_choice
+from funcparam.transforms._quantize import BITS, FakeQuantize
+from funcparam.transforms.contract.arguments import INTEGER, expect_argument, expect_choice
 from funcparam.transforms.contract.base import State, Transform
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.quantizing import grouped, shared_dims
+from funcparam.transforms.numerics.quantizing import expect_groups, grouped, shared_dims
 
 
 @final
@@ -64,7 +64,9 @@ class LSQ(Transform[Mapping[str, Tensor]]):
     init: Literal["range", "lsq"] = "range"
 
     def __post_init__(self) -> None:
-        _ = self._grid  # which looks at the arguments
+        expect_argument(self, "bits", BITS)
+        expect_argument(self, "dim", INTEGER, optional=True)
+        expect_groups(self)
         expect_choice(self, "init", ("range", "lsq"))
 
     @full_precision

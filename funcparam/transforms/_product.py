@@ -70,14 +70,14 @@ class Product(Parts):
     inner: int | Literal["in", "out"]
 
     def __init__(self, *parts: AnyTransform, inner: int | Literal["in", "out"] = "in") -> None:
-        object.__setattr__(self, "parts", checked_parts("Product", parts))
         object.__setattr__(self, "inner", inner)
-        if len(parts) < 2:
-            raise ValueError(f"Product expects at least two transforms; got {parts}")
         if isinstance(inner, str):
             expect_choice(self, "inner", ("in", "out"))
         else:
             expect_argument(self, "inner", POSITIVE_INTEGER)
+        object.__setattr__(self, "parts", checked_parts("Product", parts))
+        if len(parts) < 2:
+            raise ValueError(f"Product expects at least two transforms; got {parts}")
 
     def __repr__(self) -> str:
         return f"Product({', '.join(map(repr, self.parts))}, inner={self.inner!r})"

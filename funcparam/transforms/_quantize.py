@@ -20,7 +20,7 @@ from funcparam.transforms.numerics.quantizing import (
 from funcparam.transforms.numerics.slices import expect_slices, other_dims
 
 _THRESHOLD = Kind("a number from 0 to below 1", (int, float), lambda x: 0 <= x < 1)
-_BITS = Kind("an integer from 2 to 8", (int,), lambda n: 2 <= n <= 8)
+BITS = Kind("an integer from 2 to 8", (int,), lambda n: 2 <= n <= 8)
 
 
 @final
@@ -172,7 +172,7 @@ class FakeQuantize(Transform[Tensor]):
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        expect_argument(self, "bits", _BITS)
+        expect_argument(self, "bits", BITS)
         expect_choice(self, "scheme", ("narrow", "full", "affine"))
         expect_argument(self, "dim", INTEGER, optional=True)
         expect_groups(self)

@@ -7,8 +7,8 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from funcparam.transforms.contract.arguments import expect_name
 from funcparam.transforms.contract.base import (
-    AnyTransform,
     State,
     Transform,
     expect_filled,
@@ -67,7 +67,7 @@ class RotateIn(Transform[Mapping[str, Tensor]]):
     rotation: str
 
     def __post_init__(self) -> None:
-        _expect_name(self, self.rotation)
+        expect_name(self, "rotation")
 
     def takes(self) -> Mapping[str, str]:
         return {"rotation": self.rotation}
@@ -134,7 +134,7 @@ class RotateOut(Transform[Mapping[str, Tensor]]):
     rotation: str
 
     def __post_init__(self) -> None:
-        _expect_name(self, self.rotation)
+        expect_name(self, "rotation")
 
     def takes(self) -> Mapping[str, str]:
         return {"rotation": self.rotation}
@@ -188,10 +188,3 @@ def _outputs_turned(base: Tensor, R: Tensor | None) -> Tensor:
     if base.ndim == 1:
         return _turned(base, R.conj())
     return _turned(base.mT, R.conj()).mT
-
-
-def _expect_name(transform: AnyTransform, name: object) -> None:
-    if not isinstance(name, str):
-        raise TypeError(
-            f"{type(transform).__name__} expects rotation to be the name of a weight; got {name!r}"
-        )

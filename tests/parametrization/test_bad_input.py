@@ -102,6 +102,9 @@ POSITIVE_NUMBER = (
     ["1", True, None, torch.tensor(1.0)],
     [0, -1e-3, math.nan, math.inf, 10**400],
 )
+MAYBE_POSITIVE = "a positive finite number or None", ["1", True], [0, -1e-3, math.inf]
+MAYBE_COUNT = "a positive integer or None", [2.5, True], [0, -1]
+NAME = "the name of a weight or None", [3, True, b"R"], []
 FLAG = "one of True, False", [], ["yes", None, 2]
 ORTHOGONAL_MAPS = "one of 'matrix_exp', 'cayley', 'householder'"
 
@@ -109,10 +112,6 @@ ORTHOGONAL_MAPS = "one of 'matrix_exp', 'cayley', 'householder'"
 def choice(*names):
     return f"one of {', '.join(map(repr, names))}", [], ["abs", None, 0, names]
 
-
-MAYBE_POSITIVE = "a positive integer or None", [1.5, "1", True], [0, -1]
-FORMATS = "one of 'float8_e4m3fn', 'float8_e5m2', 'float4_e2m1fn'"
-FLOAT8 = {"format": "float8_e4m3fn"}
 
 ARGUMENTS = [
     (Orthogonal, {}, "map", (ORTHOGONAL_MAPS + ", 'qr', 'newton_schulz'", [], ["polar", None, 0])),
@@ -138,57 +137,69 @@ ARGUMENTS = [
     (Triangular, {}, "upper", FLAG),
     (PositiveDefinite, {}, "eps", ("a finite number, at least 0", ["1", True], [-1.0, math.nan])),
     (PSDLowRank, {}, "rank", POSITIVE_INTEGER),
-    (UnitNorm, {}, "dim", ("a sequence of integers", [2.5, "0", torch.tensor(1)], [])),
-    (UnitNorm, {}, "radius", ("a positive finite number or None", ["1", True], [0, -1, math.nan])),
+    (UnitNorm, {}, "dim", ("a sequence of integers", [2.5, "0", (1.0,), torch.tensor(1)], [])),
+    (UnitNorm, {}, "dim", ("an integer or None", [True], [])),
+    (UnitNorm, {}, "radius", MAYBE_POSITIVE),
     (StableDiagonal, {}, "pairs", FLAG),
-    *((kind, {}, "rank", POSITIVE_INTEGER) for kind in (LoRA, DoRA, VeRA, LoHa, LowRank)),
+    *(
+        (kind, {}, "rank", POSITIVE_INTEGER)
+        for kind in (LoRA, DoRA, DeLoRA, VeRA, RandLoRA, LoHa, LowRank)
+    ),
     *(
         (kind, {"rank": 1}, "alpha", ("a finite number or None", ["1", True], [math.inf, math.nan]))
-        for kind in (LoRA, DoRA, LoHa)
+        for kind in (LoRA, DoRA, LoHa, RandLoRA)
     ),
     *((kind, {}, "blocks", POSITIVE_INTEGER) for kind in (OFT, BlockDiagonal, Monarch)),
+    (LoRA, {"rank": 1}, "init", choice("kaiming", "gaussian", "pissa", "olora")),
+    (LoRA, {"rank": 1}, "scale", choice("lora", "rslora")),
+    (DeLoRA, {"rank": 1}, "strength", NUMBER),
+    (VeRA, {"rank": 1}, "A", NAME),
+    (VeRA, {"rank": 1}, "B", NAME),
+    (HRA, {}, "rank", ("an even positive integer", [2.0, True], [0, 3, -2])),
+    (BOFT, {}, "block_size", POSITIVE_INTEGER),
+    (BOFT, {"block_size": 2}, "factors", POSITIVE_INTEGER),
+    (Gain, {"part": Identity()}, "dim", MAYBE_INTEGER),
+    (LInfLipschitz, {}, "dim", INTEGER),
+    (Product, {}, "inner", ("a positive integer", [2.5, None, True], [0, -1])),
+    (Product, {}, "inner", ("one of 'in', 'out'", [], ["side"])),
+    (Sparse, {}, "entries", POSITIVE_INTEGER),
+    (BlockCirculant, {}, "size", POSITIVE_INTEGER),
+    (TopK, {}, "fraction", ("a number above 0 and at most 1", ["1", True], [0, 1.5, math.nan])),
+    (NMSparse, {}, "n", POSITIVE_INTEGER),
+    (NMSparse, {}, "m", POSITIVE_INTEGER),
+    (NMSparse, {}, "dim", INTEGER),
+    (SpectralCap, {}, "cap", POSITIVE_NUMBER),
+    (OperatorNorm, {}, "samples", POSITIVE_INTEGER),
+    (OperatorNorm, {}, "groups", POSITIVE_INTEGER),
+    (Ball, {}, "p", ("one of 1, 2, inf", [], [3, "2", None])),
+    (Ball, {}, "radius", POSITIVE_NUMBER),
+    (Ball, {}, "dim", MAYBE_INTEGER),
+    (LeftHalfPlane, {}, "pairs", FLAG),
     (IA3, {}, "dim", INTEGER),
     (Kronecker, {}, "left", ("a sequence of integers", [2, (2.0, 2), "22", (True, 2)], [])),
     (Kronecker, {}, "left", ("two positive sides", [], [(2, 0), (2,), (1, 2, 3), (-1, -1)])),
     (WeightStandardization, {}, "dim", INTEGER),
     (WeightStandardization, {}, "eps", POSITIVE_NUMBER),
     (DoublyStochastic, {}, "iterations", POSITIVE_INTEGER),
+    (DoublyStochastic, {}, "temperature", POSITIVE_NUMBER),
     (Ternary, {}, "threshold", ("a number from 0 to below 1", ["0", True], [1.0, -0.1, math.nan])),
     (Ternary, {}, "dim", MAYBE_INTEGER),
-    (FakeQuantize, {}, "bits", ("an integer from 2 to 8", [4.0, True], [0, 1, 9])),
-    (FakeQuantize, {}, "scheme", choice("narrow", "full", "affine")),
-    (FakeQuantize, {}, "group_size", MAYBE_POSITIVE),
-    (FakeQuantizeFloat, FLOAT8, "format", (FORMATS, [], ["int8", None])),
-    (FakeQuantizeFloat, FLOAT8, "dim", MAYBE_INTEGER),
-    (FakeQuantizeFloat, FLOAT8, "group_size", MAYBE_POSITIVE),
-    (FakeQuantizeFloat, FLOAT8, "power_of_two", FLAG),
-    (LSQ, {}, "init", choice("range", "lsq")),
-    *((kind, {}, "size", POSITIVE_INTEGER) for kind in (BlockCirculant,)),
-    *(
-        (BOFT, {"block_size": 2, "factors": 1}, n, POSITIVE_INTEGER)
-        for n in ("block_size", "factors")
-    ),
-    (Ball, {}, "p", ("one of 1, 2, inf", [], ["2", 3, None])),
-    (Ball, {}, "dim", MAYBE_INTEGER),
-    (Ball, {}, "radius", POSITIVE_NUMBER),
-    *((kind, {}, "rank", POSITIVE_INTEGER) for kind in (DeLoRA, RandLoRA)),
-    (DeLoRA, {"rank": 1}, "strength", NUMBER),
-    (RandLoRA, {"rank": 1}, "alpha", ("a finite number or None", ["1", True], [math.inf])),
-    (HRA, {}, "rank", ("an even positive integer", [1.5, True], [0, 3, -2])),
-    (LoRA, {"rank": 1}, "init", choice("kaiming", "gaussian", "pissa", "olora")),
-    (LoRA, {"rank": 1}, "scale", choice("lora", "rslora")),
-    (DoublyStochastic, {}, "temperature", POSITIVE_NUMBER),
-    (Gain, {"part": Identity()}, "dim", MAYBE_INTEGER),
-    (LInfLipschitz, {}, "dim", INTEGER),
-    (LeftHalfPlane, {}, "pairs", FLAG),
-    (NMSparse, {}, "dim", INTEGER),
-    *((NMSparse, {}, name, POSITIVE_INTEGER) for name in ("n", "m")),
-    *((OperatorNorm, {}, name, POSITIVE_INTEGER) for name in ("groups", "samples")),
-    (Sparse, {}, "entries", POSITIVE_INTEGER),
-    (SpectralCap, {}, "cap", POSITIVE_NUMBER),
     (Ternary, {}, "scale", choice("kept", "absmean")),
-    (TopK, {}, "fraction", ("a number above 0 and at most 1", ["1", True], [0, 1.5, -1])),
-    (FakeQuantize, {}, "dim", MAYBE_INTEGER),
+    (FakeQuantize, {}, "scheme", choice("narrow", "full", "affine")),
+    (LSQ, {}, "init", choice("range", "lsq")),
+    (FakeQuantizeFloat, {}, "format", choice("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn")),
+    (FakeQuantizeFloat, {"format": "float8_e5m2"}, "dim", MAYBE_INTEGER),
+    (FakeQuantizeFloat, {"format": "float8_e5m2"}, "group_size", MAYBE_COUNT),
+    (FakeQuantizeFloat, {"format": "float8_e5m2"}, "power_of_two", FLAG),
+    *(
+        row
+        for kind in (FakeQuantize, LSQ)
+        for row in (
+            (kind, {}, "bits", ("an integer from 2 to 8", [4.0, True], [0, 1, 9])),
+            (kind, {}, "dim", MAYBE_INTEGER),
+            (kind, {}, "group_size", MAYBE_COUNT),
+        )
+    ),
     (Affine, {}, "scale", ("a finite number that is not 0", ["1", 1j], [0, 0.0, math.inf])),
     (Affine, {}, "shift", NUMBER),
     (Reshape, {"out_shape": (6,)}, "in_shape", ("a sequence of integers", [6, (6.0,), "6"], [])),
@@ -223,24 +234,26 @@ WRONG = [
 def test_an_argument_is_refused(kind, others, name, what, bad, error):
     message = f"{kind.__name__} expects {name} to be {what}; got "
     with pytest.raises(error, match=re.escape(message)):
-        kind(**{**others, name: bad})
+        kind(**others, **{name: bad})
 
 
 def test_every_argument_of_every_transform_is_in_the_table():
     made = {
         (type(case.transform), f.name) for case in CASES for f in dataclasses.fields(case.transform)
     }
-    apart = {row for row in made if row[1] == "parts" or row[0].__name__ == "Function"}
-    apart |= {(Kronecker, "A"), (Kronecker, "B")}  # transforms
-    apart |= {(Product, "inner")}  # a number or one of two words
-    apart |= {(LSQ, name) for name in ("bits", "dim", "group_size")}  # FakeQuantize refuses them
-    assert made - apart <= {(kind, name) for kind, _, name, _ in ARGUMENTS}
+    parts = {row for row in made if row[1] == "parts" or (row[0] is Kronecker and row[1] in "AB")}
+    functions = {row for row in made if row[0].__name__ == "Function"}
+    assert made - parts - functions <= {(kind, name) for kind, _, name, _ in ARGUMENTS}
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: Reshape((2, 3), (5,)), ValueError, "Reshape expects two shapes with equally many"),
+        (lambda: Reshape((-1,), (1,)), ValueError, "Reshape expects two shapes with equally many"),
+        (lambda: Reshape((-1, -1), (-1,)), ValueError, "Reshape expects two shapes with equally"),
+        (lambda: Reshape((-2,), (-2,)), ValueError, "Reshape expects two shapes with equally many"),
+        (lambda: Kronecker((1, 1), A=3), TypeError, "Kronecker expects transforms; got 3"),
         (lambda: Interval(0, 1j), TypeError, "Interval expects high to be a finite number; got 1j"),
         (lambda: Chain(), ValueError, "Chain expects at least one transform; got none"),
         (lambda: Cat([]), ValueError, "Cat expects at least one transform; got none"),
@@ -439,8 +452,7 @@ def test_every_other_value_has_a_projection_or_is_refused(case):
         return
     back = case.transform.forward(raw, state)
     assert back.isfinite().all()
-    violation = case.transform.violation(back, state)
-    assert violation.isnan() or violation < 1e-9  # NaN: nobody measures it
+    assert case.transform.violation(back, state) < 1e-9 or not case.measured
 
 
 def value_is_complex(case):

@@ -53,6 +53,14 @@ def expect_choice(transform: object, name: str, choices: Iterable[object]) -> No
         raise ValueError(_message(transform, name, what, given))
 
 
+def expect_name(transform: object, name: str, *, optional: bool = False) -> None:
+    """Raise TypeError unless an argument, kept under `name`, is the name of another weight."""
+    given: object = getattr(transform, name)
+    if not isinstance(given, str) and not (optional and given is None):
+        what = f"the name of a weight{' or None' if optional else ''}"
+        raise TypeError(_message(transform, name, what, given))
+
+
 def keep_integers(transform: object, name: str) -> None:
     """Turn an argument, kept under `name`, into a tuple of integers.
 
