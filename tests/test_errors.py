@@ -354,7 +354,6 @@ def test_every_raise_is_in_the_table():
         str(site)
         for site in found
         if not is_torchs(site)
-        and not site.path.startswith("training/")  # whose texts tests/training has
         and not any(
             (str(ROOT / site.path), line) in met for line in range(site.first, site.last + 1)
         )
