@@ -132,6 +132,20 @@ def test_orthogonal_rnn(tmp_path):
     assert re.search(r"^base kept +4417 +0 ", adding, re.MULTILINE)
 
 
+def test_rotations(tmp_path):
+    picture = tmp_path / "rotations.png"
+    out = python(ROOT / "examples" / "rotations.py", "--quick", "--out", picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    none, *_, learned = (
+        float(number) for number in re.search(r"^4 bits +(.*)$", out, re.MULTILINE)[1].split()
+    )
+    assert learned < 0.99 * none
+    assert float(re.search(r"rotations alone change embeddings by (\S+)", out)[1]) < 1e-5
+    assert "12288 trained numbers turn 3538944 weights" in out
+    assert float(re.search(r"Encoder: differs by (\S+)", out)[1]) < 1e-5
+    assert int(re.search(r"at most (\d+)$", out, re.MULTILINE)[1]) <= 15
+
+
 def rows(text, after, columns):
     """The rows of numbers below the head of a table."""
     lines = text[text.index(after) :].splitlines()[1:]
