@@ -37,8 +37,15 @@ def run_program(path: Path, overlay: Path) -> Row:
     if found is None:
         return Row(package, "", what, "", "", "not installed")
     sides = [_notes(path, search, start) for start in ([], ["-m", "funcparam.compat"])]
-    words = [notes if isinstance(notes, str) else f"{len(notes)} values" for notes in sides]
+    words = [_count(notes) for notes in sides]
     return Row(package, found, what, *words, difference(*sides))
+
+
+def _count(notes: list | str) -> str:
+    if isinstance(notes, str):
+        return notes
+    errors = sum(label.endswith(" raises") for label, _ in notes)
+    return f"{len(notes) - errors} values" + f", {errors} errors" * bool(errors)
 
 
 def installed_version(package: str, search: list[str]) -> str | None:

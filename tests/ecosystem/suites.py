@@ -30,7 +30,10 @@ class Suite:
 
 SUITES = [
     Suite("deel-torchlip", ("tests",)),
-    Suite("orthogonium", ("tests",), ("-k", "not test_invertible_upsampling")),
+    Suite(
+        "orthogonium",
+        tuple(f"tests/test_{name}.py" for name in ("aol", "rko", "ortho_linear", "sll")),
+    ),
     Suite(
         "peft",
         ("tests/test_custom_models.py",),

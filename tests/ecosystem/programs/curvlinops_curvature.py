@@ -10,8 +10,8 @@ from torch.nn.utils.parametrizations import orthogonal
 torch.manual_seed(0)
 model = nn.Sequential(orthogonal(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)).double()
 x, y = data()
-parameters = dict(model.named_parameters())
-size = sum(p.numel() for p in parameters.values())
+parameters = list(model.parameters())
+size = sum(p.numel() for p in parameters)
 vector = torch.linspace(-1, 1, size, dtype=torch.double)
 note("size", size)
 for kind in (HessianLinearOperator, GGNLinearOperator, EFLinearOperator):

@@ -1,4 +1,4 @@
-"""torchao: the weight-norm sparsifier by parametrization, squash_mask; unwrap_tensor_subclass"""
+"""torchao: the weight-norm sparsifier by parametrization, squash_mask"""
 
 import torch
 from notes import attempt, note, train
