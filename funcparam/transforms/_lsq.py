@@ -31,7 +31,8 @@ class LSQ(Transform[Mapping[str, Tensor]]):
 
     At init the scale is chosen by `init`: `"range"` takes the largest |entry| to the end of the
     range, so that a value on such a grid is kept; `"lsq"` is the paper's, `2 mean |W| / sqrt(q)`,
-    which clips, and suits few bits better. Any value is rounded to the grid that it gets.
+    which clips, and suits few bits better. Any value is rounded to the grid that it gets. A scale
+    that training brings to 0 has no grid: values are NaN from then on.
 
     Args:
         bits: the width `b` of the integers, from 2 to 8.

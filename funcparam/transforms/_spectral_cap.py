@@ -28,9 +28,10 @@ class SpectralCap(Transform[Tensor]):
     that what was cut is forgotten: above the bound a singular value has no gradient.
 
     There is no decomposition: with `Y = X / c`, its polar factor `Q` and the sign `J` of
-    `I - Y^H Y`, `2 W = c (Y (I + J) + Q (I - J))`, where both are found by products, as in
+    `I - Q^H Y`, `2 W = c (2 Q + (Y - Q) (I + J))`, where both are found by products, as in
     `Orthogonal("newton_schulz")`. So equal singular values do no harm in derivatives. Singular
-    values within 1e-5 of the bound may stay that far above it.
+    values within 1e-5 of the bound may stay that far above it. Where `X` is large, the value has
+    the rounding of the whole, `eps |X|`, and above a `|X|` of 1e5 `c` the bound does not hold.
 
     Args:
         cap: the largest singular value, positive.
@@ -61,9 +62,13 @@ class SpectralCap(Transform[Tensor]):
         wide = raw.shape[-2] < raw.shape[-1]
         Y = (raw.mH if wide else raw) / state["cap"]
         identity = identity_like(Y[..., :1, :].mH @ Y[..., :1, :])
-        # the sign of 1 - s^2, of a matrix whose eigenvalues are in [-1, 1] however large s is
-        inside = polar_factor(2 * linalg.inv(identity + Y.mH @ Y) - identity)
-        W = (Y @ (identity + inside) + polar_factor(Y) @ (identity - inside)) * (state["cap"] / 2)
+        Q = polar_factor(Y)
+        S = Q.mH @ Y
+        # 1 - s and (1 - s) / (1 + s) have one sign, and the latter is in [-1, 1] however large s is
+        sign = polar_factor(2 * linalg.inv(identity + (S + S.mH) / 2) - identity)
+        below = (identity + sign) / 2
+        # twice, since once leaves of a large s its rounding
+        W = (Q + (Y - Q) @ below @ below) * state["cap"]
         return W.mH if wide else W
 
     @full_precision

@@ -13,14 +13,19 @@ from hypothesis import strategies as st
 from torch.func import grad
 
 from funcparam.transforms import (
+    LSQ,
     OFT,
     Cat,
+    FakeQuantizeFloat,
+    LeftHalfPlane,
     Orthogonal,
     OrthogonalConv,
     Positive,
     SpecialLinear,
     SpecialOrthogonal,
+    SpectralCap,
     SpectralNorm,
+    Ternary,
     Unitary,
     UnitNorm,
     WeightNorm,
@@ -85,6 +90,11 @@ def documented(transform, raw):
             return torch.view_as_complex(torch.view_as_real(raw).clamp(-1e3, 1e3))
         case OrthogonalConv():
             return {name: X.clamp(-1e3, 1e3) for name, X in raw.items()}
+        case LeftHalfPlane():
+            return {**raw, "log_decay": raw["log_decay"].clamp(-88, 88)}
+        case LSQ():
+            X, scale = raw["weight"], raw["scale"]
+            return {**raw, "scale": torch.where(scale.abs() > 1e-30 * X.abs().max(), scale, 1)}
         case UnitNorm(dim=dim):
             return torch.where(raw.norm(dim=dim, keepdim=True) > 1e-30, raw, 1)
         case WeightNorm():
@@ -117,7 +127,7 @@ def settled(transform, raw, state):
     return state
 
 
-def assert_feasible(case, value, state, dtype, like):
+def assert_feasible(case, value, state, dtype, like, raw=None):
     assert value.isfinite().all()
     if not case.measured:
         return
@@ -126,13 +136,22 @@ def assert_feasible(case, value, state, dtype, like):
     roundings = 32 if isinstance(case.transform, OFT) else 1
     if isinstance(case.transform, SpecialLinear):  # a determinant has the rounding of the entries
         roundings = torch.linalg.cond(cast(value, torch.float64)).max()  # times the condition
-    assert off <= roundings * bound(dtype, like)
+    if isinstance(case.transform, SpectralCap):  # near the bound, and of a large raw, it says so
+        rounding = torch.finfo(dtype).eps * (0 if raw is None else torch.linalg.norm(raw))
+        assert off <= 1e-5 * case.transform.cap + rounding
+    else:
+        assert off <= roundings * bound(dtype, like)
 
 
 def assert_finite_gradients(case, raw, state):
     if not tensors(raw):
         return
-    gradient = grad(lambda raw: case.transform.forward(raw, state).abs().sum())(raw)
+
+    def loss(raw):
+        value = case.transform.forward(raw, state)  # |z| itself has no derivative in tiny numbers
+        return (torch.view_as_real(value) if value.is_complex() else value).abs().sum()
+
+    gradient = grad(loss)(raw)
     assert all(t.isfinite().all() for t in tensors(gradient))
 
 
@@ -152,7 +171,7 @@ def test_extreme_raw(case):
                 raw = documented(case.transform, cast(raw64, dtype))
                 state = settled(case.transform, raw, cast(state64, dtype))
                 value = case.transform.forward(raw, state)
-                assert_feasible(case, value, state, dtype, value)
+                assert_feasible(case, value, state, dtype, value, raw)
                 assert_finite_gradients(case, raw, state)
 
     check()
@@ -162,6 +181,16 @@ def conditioned(shape):
     """Matrices of condition 1e6."""
     U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     return (U * torch.logspace(0, -6, U.shape[-1], dtype=torch.float64)) @ Vh
+
+
+def jumps(transform):
+    """Whether a value that is hardly off may go far, as the docstring says."""
+    match transform:
+        case Ternary(scale="absmean"):  # a mean over all entries, unless they are levels
+            return True
+        case FakeQuantizeFloat(power_of_two=True):  # where the largest entry leaves its octave
+            return True
+    return False
 
 
 def kept(case, value, dtype, least=0.0):
@@ -187,6 +216,8 @@ def test_ill_conditioned_values(case, seed):
 @few
 @given(st.integers(0, 2**32))
 def test_nearly_feasible_values_move_by_what_they_are_off(case, seed):
+    if jumps(case.transform):
+        return
     torch.manual_seed(seed)
     for shape in case.shapes:
         for dtype in DTYPES:

@@ -78,7 +78,7 @@ class Transform(ABC, Generic[R]):
 
     roles: ClassVar[Mapping[str, Role]] = {}
     """What each raw tensor is to an optimizer, by its key in raw, which is `""` where raw is one
-    tensor; what is not named is a `"weight"`. [`role`][.role] says it where it depends on more."""
+    tensor; what is not named is a `"weight"`. [`role`][..role] says it where it depends on more."""
 
     def role(self, key: str) -> Role:
         """Say what the raw tensor under `key` is to an optimizer: see [`roles`][..roles]."""
