@@ -9,8 +9,8 @@ import torch
 
 import tests.effort  # noqa: F401  (registers the profile that an option of pytest may name)
 
-# programs, which tests run in processes of their own
-collect_ignore_glob = ["compat/third_party/*"]
+# programs, which tests run in processes of their own, or which need more than tests do
+collect_ignore_glob = ["compat/third_party/*", "mutation.py"]
 
 torch.set_num_threads(1)
 torch.manual_seed(0)  # for the arguments of tests, which each worker draws when it collects

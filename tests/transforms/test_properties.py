@@ -18,6 +18,7 @@ from funcparam.transforms import (
     Cat,
     FakeQuantizeFloat,
     LeftHalfPlane,
+    OperatorNorm,
     Orthogonal,
     OrthogonalConv,
     Positive,
@@ -103,6 +104,8 @@ def documented(transform, raw):
             return {**raw, "direction": torch.where((norm > 1e-18) & (norm < 1e18), X, 1)}
         case SpectralNorm(eps=eps):
             return torch.where(raw.abs().max() > eps, raw, 1)
+        case OperatorNorm():
+            return torch.where(raw.abs().max() > 0, raw, 1)
         case WeightStandardization(dim=dim, eps=eps):
             others = [d for d in range(raw.ndim) if d != dim % raw.ndim]
             deviation = raw.std(others, correction=0, keepdim=True)
