@@ -6,7 +6,7 @@ nox.options.default_venv_backend = "venv"
 
 # (torch, Python): the oldest that pyproject.toml allows, and the newest that was tried
 OLDEST = ("2.9.1", "3.10")
-NEWEST = ("2.14.1", "3.13")
+NEWEST = ("2.15.0", "3.13")
 
 
 @nox.session

@@ -90,7 +90,8 @@ def _code_in(function: Any, name: str) -> CodeType | None:
     return next((c for c in consts if isinstance(c, CodeType) and c.co_name == name), None)
 
 
-_FORWARD = inspect.unwrap(_checkpoint.checkpoint).__code__
+# from torch 2.15 on it is a function of its own that runs the forward
+_FORWARD = getattr(_checkpoint, "_checkpoint_impl", inspect.unwrap(_checkpoint.checkpoint)).__code__
 _AGAIN = _code_in(_checkpoint._checkpoint_hook.__init__, "unpack_hook")
 _REENTRANT_FORWARD = _checkpoint.CheckpointFunction.forward.__code__
 _REENTRANT_AGAIN = _checkpoint.CheckpointFunction.backward.__code__

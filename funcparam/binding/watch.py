@@ -103,9 +103,9 @@ def _frame(recompute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _reentrant(kind: type[Function], function: Callable[..., Any], *args: Any) -> Any:
     """A checkpoint whose second computation is differentiated: what is bound is an input of it."""
     bound = tuple(_thread.bound)
-    apply = cast("Any", Function.apply).__func__
+    apply = cast("Any", super(_checkpoint.CheckpointFunction, kind)).apply
     if not (bound and torch.is_grad_enabled()):
-        return apply(kind, function, *args)
+        return apply(function, *args)
     preserve, *rest = args
     tensors = _differentiable([t for binding in bound for t in binding.tensors])
 
@@ -116,7 +116,7 @@ def _reentrant(kind: type[Function], function: Callable[..., Any], *args: Any) -
                 stack.enter_context(binding.again(mine))
             return function(*inputs[len(tensors) :])
 
-    return apply(kind, again, preserve, *tensors, *rest)
+    return apply(again, preserve, *tensors, *rest)
 
 
 def _differentiable(tensors: Sequence[Any]) -> list[Tensor]:
