@@ -66,14 +66,14 @@ class Isospectral(Transform[Mapping[str, Tensor]]):
     @full_precision
     def project(self, value: Tensor, state: State) -> Tensor:
         raw, own = self.right_inverse(value)
-        return self.forward(raw, {**own, "s": state["s"]})
+        return self.forward(raw, {**own, "s": _ordered(state["s"])})
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of a singular value from that in state, which is the constraint."""
         if "s" not in state:
             raise ValueError(f"{self!r} expects state with an 's', which is its constraint")
         spectrum = cast("Tensor", linalg.svdvals(value))
-        return largest(spectrum - state["s"].abs().sort(descending=True).values)
+        return largest(spectrum - _ordered(state["s"]))
 
     def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         raise NotImplementedError(
@@ -84,3 +84,8 @@ class Isospectral(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+
+
+def _ordered(s: Tensor) -> Tensor:
+    """As singular values are: in state others may be written, and of any sign."""
+    return s.abs().sort(descending=True).values

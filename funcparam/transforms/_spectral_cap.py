@@ -59,8 +59,10 @@ class SpectralCap(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
+        # of a matrix whose norm is no larger nothing is cut; products would round small entries away
+        kept = linalg.matrix_norm(raw.detach(), keepdim=True) <= state["cap"]
         wide = raw.shape[-2] < raw.shape[-1]
-        Y = (raw.mH if wide else raw) / state["cap"]
+        Y = torch.where(kept, 0, raw.mH if wide else raw) / state["cap"]
         identity = identity_like(Y[..., :1, :].mH @ Y[..., :1, :])
         Q = polar_factor(Y)
         S = Q.mH @ Y
@@ -69,7 +71,7 @@ class SpectralCap(Transform[Tensor]):
         below = (identity + sign) / 2
         # twice, since once leaves of a large s its rounding
         W = (Q + (Y - Q) @ below @ below) * state["cap"]
-        return W.mH if wide else W
+        return torch.where(kept, raw, W.mH if wide else W)
 
     @full_precision
     def right_inverse(

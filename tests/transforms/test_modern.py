@@ -61,6 +61,32 @@ def test_spectral_cap_keeps_large_ratios():
     close(SpectralCap(1.5).forward(raw, state), U * s.clamp_max(1.5) @ V.mT, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-30, 1e-10, 1e-4])
+def test_spectral_cap_keeps_values_far_below_the_bound(scale):
+    X, weights = torch.randn(2, 5, 3) * scale, torch.randn(2, 5, 3)
+    X[1] = torch.randn(5, 3) * 10  # the other matrix of the batch is cut
+    transform, state = SpectralCap(1.0), {"cap": torch.tensor(1.0)}
+
+    def loss(X):
+        return (transform.forward(X, state) * weights).sum()
+
+    assert transform.forward(X, state)[0].equal(X[0])
+    assert grad(loss)(X)[0].equal(weights[0])
+    assert grad(lambda X: grad(loss)(X).square().sum())(X)[0].count_nonzero() == 0
+
+
+def test_isospectral_projects_to_the_nearest_whatever_the_order_in_state():
+    """Against the reordering that von Neumann's trace inequality gives."""
+    X = torch.randn(4, 3, dtype=D)
+    _, state = Isospectral().right_inverse(torch.randn(4, 3, dtype=D))
+    state = {**state, "s": torch.tensor([0.5, -3.0, 1.0], dtype=D)}
+    u, _, vh = scipy.linalg.svd(X.numpy(), full_matrices=False)
+    nearest = torch.from_numpy((u * np.array([3.0, 1.0, 0.5])) @ vh)
+    found = Isospectral().project(X, state)
+    close(found, nearest)
+    assert Isospectral().violation(found, state) < 1e-13
+
+
 def test_isospectral_keeps_its_spectrum_in_training():
     W = torch.randn(5, 3)
     raw, state = Isospectral().right_inverse(W)
