@@ -11,6 +11,7 @@ from funcparam.transforms.contract.arguments import expect_choice
 from funcparam.transforms.contract.base import State, Transform, expect_all, expect_real, largest
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
+from funcparam.transforms.numerics.inside import least_positive
 
 
 @final
@@ -23,7 +24,7 @@ class LeftHalfPlane(Transform[Mapping[str, Tensor]]):
     Raw is `{"log_decay": a, "frequency": omega}`, both real and of the shape of $\lambda$. The
     value is complex, or, with `pairs`, real with a last dimension of 2 for real and imaginary part,
     as in `torch.view_as_real`. Every value of negative real part is kept. In float32 `a` beyond 88
-    overflows. The log-determinant is over real and imaginary parts: the sum of `a`.
+    overflows; a real part never vanishes, but is at least the least normal number in size. The log-determinant is over real and imaginary parts: the sum of `a`.
 
     It starts from the value, so where a model shall start is what is written there before: see
     Starts of state spaces, in the page Transforms.
@@ -54,10 +55,8 @@ class LeftHalfPlane(Transform[Mapping[str, Tensor]]):
     def __post_init__(self) -> None:
         expect_choice(self, "pairs", (True, False))
 
-    @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        re, im = -raw["log_decay"].exp(), raw["frequency"]
-        return torch.stack([re, im], dim=-1) if self.pairs else torch.complex(re, im)
+        return self._forward(raw, state, torch.finfo(raw["log_decay"].dtype))
 
     @full_precision
     def right_inverse(
@@ -66,6 +65,14 @@ class LeftHalfPlane(Transform[Mapping[str, Tensor]]):
         re, im = self._parts(value)
         expect_all(self, re < 0, "expects every real part to be negative; shift the value first")
         return {"log_decay": (-re).log(), "frequency": im.clone()}, {}
+
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """A real part that is not negative becomes the largest normal number that is."""
+        re, im = self._parts(value)
+        return self._value(re.clamp_max(-torch.finfo(re.dtype).tiny), im)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest real part is above 0."""
@@ -92,6 +99,15 @@ class LeftHalfPlane(Transform[Mapping[str, Tensor]]):
                 f"{self!r} expects real and imaginary part in a last dimension of 2;"
                 f" got shape {tuple(value.shape)}"
             )
+
+    @full_precision
+    def _forward(self, raw: Mapping[str, Tensor], state: State, rounded_to: torch.finfo) -> Tensor:
+        decay = raw["log_decay"].exp()
+        decay = decay.clamp_min(least_positive(decay.dtype, rounded_to))
+        return self._value(-decay, raw["frequency"])
+
+    def _value(self, re: Tensor, im: Tensor) -> Tensor:
+        return torch.stack([re, im], dim=-1) if self.pairs else torch.complex(re, im)
 
     def _parts(self, value: Tensor) -> tuple[Tensor, Tensor]:
         return (value[..., 0], value[..., 1]) if self.pairs else (value.real, value.imag)

@@ -26,13 +26,14 @@ from funcparam.transforms.numerics.orthogonal_maps import (
     identity_like,
     reflectors,
 )
-from funcparam.transforms.numerics.polar import nearest_orthogonal, orthogonal_tangent
+from funcparam.transforms.numerics.polar import (
+    CONVERGED,
+    nearest_orthogonal,
+    orthogonal_tangent,
+)
 
 # These two do not need a base point to start from a value: raw itself can be the value.
 _PROJECTIONS = ("qr", "newton_schulz")
-
-# Far above rounding, and far below where the steps leave what they do not bring to 1.
-_CONVERGED = 1e-4
 
 
 @final
@@ -147,7 +148,7 @@ class Orthogonal(Transform[Tensor]):
 
     @full_precision
     def project(self, value: Tensor, state: State) -> Tensor:
-        """The nearest such matrix, the polar factor. Far from singular values of 0 it is exact."""
+        """The nearest such matrix, the polar factor; of a singular matrix one of the nearest."""
         return nearest_orthogonal(value)
 
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
@@ -177,7 +178,7 @@ class Orthogonal(Transform[Tensor]):
     def _expect_regular(self, tall: Tensor) -> None:
         """Raise ValueError where the projection has no derivative, or does not converge."""
         if self.map == "newton_schulz":
-            regular = self.violation(self.forward(tall, {}), {}) < _CONVERGED
+            regular = self.violation(self.forward(tall, {}), {}) < CONVERGED
         else:  # Householder's Q is orthonormal whatever it is made from
             spectrum: Tensor = linalg.svdvals(tall)
             rounding = tall.shape[-2] * torch.finfo(spectrum.dtype).eps

@@ -59,8 +59,7 @@ class StableDiagonal(Transform[Mapping[str, Tensor]]):
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         modulus = (-raw["nu"].clamp_max(_GONE_ABOVE).exp()).exp()
-        re, im = modulus * raw["theta"].cos(), modulus * raw["theta"].sin()
-        return torch.stack([re, im], dim=-1) if self.pairs else torch.complex(re, im)
+        return self._value(modulus * raw["theta"].cos(), modulus * raw["theta"].sin())
 
     @full_precision
     def right_inverse(
@@ -74,6 +73,16 @@ class StableDiagonal(Transform[Mapping[str, Tensor]]):
             "expects every modulus strictly between 0 and 1; scale the value first",
         )
         return {"nu": (-modulus.log()).log(), "theta": torch.atan2(im, re)}, {}
+
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """What is not inside of the circle goes next to it, and 0 to the least normal number."""
+        re, im = self._parts(value)
+        modulus, limits = torch.hypot(re, im), torch.finfo(re.dtype)
+        scale = torch.where(modulus < 1, 1, (1 - 4 * limits.eps) / modulus)
+        return self._value(torch.where(modulus == 0, limits.tiny, re * scale), im * scale)
+
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        return vector
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest modulus is above 1."""
@@ -100,6 +109,9 @@ class StableDiagonal(Transform[Mapping[str, Tensor]]):
                 f"{self!r} expects real and imaginary part in a last dimension of 2;"
                 f" got shape {tuple(value.shape)}"
             )
+
+    def _value(self, re: Tensor, im: Tensor) -> Tensor:
+        return torch.stack([re, im], dim=-1) if self.pairs else torch.complex(re, im)
 
     def _parts(self, value: Tensor) -> tuple[Tensor, Tensor]:
         return (value[..., 0], value[..., 1]) if self.pairs else (value.real, value.imag)

@@ -13,6 +13,7 @@ from funcparam.transforms import (
     Frozen,
     Identity,
     Interval,
+    LeftHalfPlane,
     LowerBound,
     Ordered,
     Positive,
@@ -310,3 +311,36 @@ def test_saturated_intervals_stay_inside(dtype):
         eps = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(value[:, -1], high, rtol=eps, atol=1e-7)
         torch.testing.assert_close(value[:, 0], low, rtol=eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [LeftHalfPlane, StableDiagonal])
+@pytest.mark.parametrize("size", [0.0, 1.0, 3.0, 1e4])
+def test_points_of_the_plane_are_brought_inside(kind, dtype, size):
+    """Open sets, whose projection is next to the nearest point; what is inside stays."""
+    transform = kind(pairs=True)
+    value = (torch.randn(50, 2) * size).to(dtype)
+    value[:4] = size * torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8]]).to(dtype)
+    inside = 0.5 * torch.rand(50, 2).to(dtype) - 0.6
+    found = transform.project(value, {})
+    assert transform.violation(found, {}) == 0
+    raw, state = transform.right_inverse(found)  # which refuses the bound
+    assert all(t.isfinite().all() for t in raw.values())
+    assert transform.project(inside, {}).equal(inside)
+    nearest = torch.complex(*value.double().unbind(-1))
+    if kind is LeftHalfPlane:
+        nearest.real.clamp_(max=0)
+    else:
+        nearest = nearest / nearest.abs().clamp_min(1)
+    rtol = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        found.double(), torch.view_as_real(nearest), rtol=rtol, atol=torch.finfo(dtype).tiny + rtol
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_decay_never_vanishes(dtype):
+    raw = {"log_decay": torch.full((3,), -1e4, dtype=dtype), "frequency": torch.ones(3)}
+    value = LeftHalfPlane(pairs=True).forward({k: t.to(dtype) for k, t in raw.items()}, {})
+    assert (value[:, 0] < 0).all()
+    assert value.dtype == dtype

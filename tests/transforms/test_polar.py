@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 from torch.func import grad
 
-from funcparam.transforms import Orthogonal
+from funcparam.transforms import Orthogonal, Stiefel
 from funcparam.transforms.numerics import polar
 
 REACH, FLOOR, CUSHION = mpmath.mpf("1e-5"), mpmath.mpf("0.2"), mpmath.mpf("1e-3")
@@ -106,6 +106,26 @@ def test_singular_matrices_are_refused_where_there_is_no_base_point(map, value):
     raw, state = Orthogonal(map).right_inverse(value)  # with one they train
     gradient = grad(lambda raw: Orthogonal(map).forward(raw, state).square().sum())(raw)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("value", SINGULAR.values(), ids=SINGULAR)
+@pytest.mark.parametrize("transform", [Orthogonal(), Stiefel()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bfloat16], ids=str)
+def test_singular_matrices_are_projected_to_one_of_the_nearest(transform, value, dtype):
+    """At a distance that is that of their singular values from 1."""
+    for matrix in (value.to(dtype), value.mT.to(dtype)):
+        found = transform.project(matrix, {})
+        assert found.dtype == dtype
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        assert transform.violation(found.to(wide), {}) < 8 * torch.finfo(dtype).eps
+        spectrum = torch.linalg.svdvals(matrix.to(wide))
+        distance = (found - matrix).to(wide).norm()
+        torch.testing.assert_close(distance, (spectrum - 1).norm(), rtol=1e-2, atol=1e-5)
+
+
+def test_infinite_values_are_projected_to_nothing():
+    found = Orthogonal().project(torch.full((3, 2), torch.inf), {})
+    assert found.isnan().all()
 
 
 def test_what_is_accepted_is_orthonormal():

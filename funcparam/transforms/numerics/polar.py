@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+
+from funcparam.transforms.contract.base import largest, readable
+from funcparam.transforms.numerics.linalg import linalg
 
 # Each takes the singular values of an interval as near to 1 as an odd polynomial of degree five
 # can; the first has those of [1e-5, 1], the next what the one before leaves, and a thousandth more
@@ -22,6 +27,9 @@ _STEPS = (
     (2.508198225754625, -1.8473931824348717, 0.4372446013404176),
     (1.9214942658557572, -1.3003643652571837, 0.3797607461072377),
 )
+# Far above rounding, and far below where the steps leave what they do not bring to 1.
+CONVERGED = 1e-4
+
 # leaves what was off by 6e-3 off by 5e-7, and that by 4e-16
 _NEWTON_SCHULZ = (15 / 8, -10 / 8, 3 / 8)
 
@@ -53,10 +61,20 @@ def polar_factor(X: Tensor) -> Tensor:
 
 
 def nearest_orthogonal(W: Tensor) -> Tensor:
-    """The polar factor of a tall or wide matrix: the nearest with orthonormal columns, or rows."""
+    """The polar factor of a tall or wide matrix: the nearest with orthonormal columns, or rows.
+
+    Products do not bring singular values of 0 to 1. Where that can be seen a decomposition does it,
+    to one of the matrices that are equally near.
+    """
     if W.shape[-2] < W.shape[-1]:
-        return polar_factor(W.mH).mH
-    return polar_factor(W)
+        return nearest_orthogonal(W.mH).mH
+    frame = polar_factor(W)
+    gram = frame.mH @ frame
+    off = largest(gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    if readable(off) and not off < CONVERGED and bool(W.isfinite().all()):
+        U, _, Vh = cast("tuple[Tensor, Tensor, Tensor]", linalg.svd(W, full_matrices=False))
+        return U @ Vh
+    return frame
 
 
 def orthogonal_tangent(W: Tensor, G: Tensor) -> Tensor:
