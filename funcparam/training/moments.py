@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -56,3 +57,31 @@ def carried(
     gradient at `x` can be is dropped.
     """
     return pull(new, y, lifted(old, x, moment))
+
+
+def carried_squares(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], moment: str
+) -> Tensor:
+    """Carry a mean of squares along with the means of gradients, which `after` has carried.
+
+    It is scaled as the squared length of the mean is, which is exact where the move scales. Where
+    the move mixes entries, one with hardly any squares may get the mean of another, and would take
+    a step without bound: squares are raised so that no `mean^2 / squares` exceeds the largest
+    before.
+    """
+    squares = before[moment]
+    if "exp_avg" not in before:
+        return squares
+    mean, new = _entries(before["exp_avg"]), _entries(after["exp_avg"])
+    seen = _entries(squares)
+    largest = torch.where(seen > 0, mean.square() / seen, 0).amax()
+    if largest == 0:
+        return squares
+    scaled = seen * (new.square().sum() / mean.square().sum())
+    raised = torch.maximum(scaled, new.square() / largest)
+    return torch.view_as_complex(raised) if squares.is_complex() else raised
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    """Real numbers, of which optimizers take the two of a complex one for entries."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

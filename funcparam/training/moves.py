@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from funcparam.parametrization.boundary import RawTree, StateTree
 from funcparam.parametrization.parametrization import Parametrization
-from funcparam.training.moments import carried, moments, order
+from funcparam.training.moments import carried, carried_squares, moments, order
 from funcparam.training.together import Together
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
 from funcparam.transforms.contract.solve import Chart
@@ -39,7 +39,8 @@ def move(
     the place of the old ones in the optimizer's groups. The optimizer's moments come along: means
     of gradients (Adam, SGD, Lion, Muon) by the Jacobians of the two maps, `m -> J_q^T (J_p^T)^+ m`;
     means of squares by the square of the factor by which the length of the mean changed, which is
-    exact where the move only scales. Of a weight whose raw changes its shape they begin anew.
+    exact where the move only scales, and raised where the next step of an entry would be longer
+    than the longest before. Of a weight whose raw changes its shape they begin anew.
 
     Moving at every step makes any optimizer a Riemannian one; the map is its retraction. Source:
     Lezcano-Casado, arXiv 1909.09501.
@@ -148,19 +149,21 @@ class _Weight:
     ) -> Iterator[Callable[[], object]]:
         x = {key: tensor.detach() for key, tensor in self.old.items()}
         y = {key: tensor.detach() for key, tensor in self.new.items()}
-        factors = dict.fromkeys(x, 1.0)
-        firsts = sorted({m for own in kept.values() for m in own if order(m) == 1})
-        for moment in firsts:
-            before = {k: _whole(kept[k].get(moment), t) for k, t in x.items()}
-            after = carried(old_chart, x, new_chart, y, before)
-            for key, views in ((k, own[moment]) for k, own in kept.items() if moment in own):
-                factors[key] = _factor(before[key], after[key])
-                parts = after[key].reshape(len(views), *views[0].shape)
-                yield from (partial(v.copy_, part) for v, part in zip(views, parts, strict=True))
+        whole = {k: {m: _whole(views, x[k]) for m, views in own.items()} for k, own in kept.items()}
+        after: dict[str, dict[str, Tensor]] = {key: {} for key in x}
+        for moment in sorted({m for own in whole.values() for m in own if order(m) == 1}):
+            before = {k: whole[k].get(moment, torch.zeros_like(t)) for k, t in x.items()}
+            for key, mean in carried(old_chart, x, new_chart, y, before).items():
+                after[key][moment] = mean
         for key, own in kept.items():
             for moment, views in own.items():
-                if order(moment) == 2:
-                    yield from (partial(view.mul_, factors[key] ** 2) for view in views)
+                done = (
+                    after[key][moment]
+                    if order(moment) == 1
+                    else carried_squares(whole[key], after[key], moment)
+                )
+                parts = done.reshape(len(views), *views[0].shape)
+                yield from (partial(v.copy_, part) for v, part in zip(views, parts, strict=True))
 
     def _group(self, optimizer: Optimizer) -> dict[str, Any]:
         found: dict[int, dict[str, Any]] = {}
@@ -226,14 +229,8 @@ def _fresh(tensor: Tensor, trains: bool) -> Tensor:  # noqa: FBT001
     return tensor.detach().clone().requires_grad_(trains)
 
 
-def _whole(views: list[Tensor] | None, like: Tensor) -> Tensor:
-    return torch.stack(views).reshape(like.shape) if views else torch.zeros_like(like)
-
-
-def _factor(before: Tensor, after: Tensor) -> float:
-    """By how much a tensor has become longer; 1 where it has no length."""
-    length = before.square().sum().sqrt().item()
-    return after.square().sum().sqrt().item() / length if length else 1.0
+def _whole(views: list[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(views).reshape(like.shape)
 
 
 def _begin_anew(own: Any) -> None:

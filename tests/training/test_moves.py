@@ -17,6 +17,8 @@ from funcparam.transforms import (
     Orthogonal,
     Positive,
     SpectralNorm,
+    Stiefel,
+    UnitNorm,
     WeightNorm,
 )
 
@@ -76,6 +78,28 @@ def test_a_gradient_is_carried_exactly():
     optimizer.zero_grad()
     (p(raw, state)["w"] * target).sum().backward()
     torch.testing.assert_close(optimizer.state[raw["w"]]["momentum_buffer"], raw["w"].grad)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25], ids=["usual", "tiny"])
+@pytest.mark.parametrize("transform", [Stiefel(), UnitNorm(), Orthogonal("cayley")], ids=str)
+def test_moments_are_carried_as_well_in_single_precision(transform, scale):
+    """The solution is that of double precision, and does not run away once it is reached."""
+    start = torch.linalg.qr(torch.randn(8, 24).mT).Q.mT.contiguous()
+    target, momentum = torch.randn(2, 8, 24)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        values = {"w": start.to(dtype)}
+        p = fp.parametrize(values, {"w": transform})
+        raw, state = p.init(values)
+        optimizer = torch.optim.SGD(fp.trainable(raw), lr=0.05, momentum=0.9)
+        step(p, raw, state, optimizer, target.to(dtype))
+        # not only what a gradient can be
+        optimizer.state[raw["w"]]["momentum_buffer"].copy_(scale * momentum)
+        fp.move(p, p, raw, state, optimizer)
+        found.append(optimizer.state[raw["w"]]["momentum_buffer"].double() / scale)
+    single, double = found
+    assert double.abs().max() > 0.1
+    torch.testing.assert_close(single, double, rtol=0, atol=1e-4)
 
 
 def test_squares_are_carried_exactly_by_scales():
@@ -200,18 +224,35 @@ def test_what_cannot_be_moved():
     assert torch.equal(raw["w"], before["w"])
 
 
-def test_moving_at_each_step_is_riemannian_descent():
-    """Along the gradient of the embedded Stiefel manifold, and back by the polar factor."""
-    V = torch.linalg.qr(torch.randn(5, 3, dtype=torch.float64)).Q
-    A = torch.randn(5, 3, dtype=torch.float64)
-    p = fp.parametrize({"w": V}, {"w": Orthogonal("newton_schulz")})
-    raw, state = p.init({"w": V})
-    optimizer = torch.optim.SGD(fp.trainable(raw), lr=0.1)
-    for _ in range(20):
-        step(p, raw, state, optimizer, A)
+def test_squares_keep_steps_short_where_a_move_mixes_entries():
+    """Of a symmetric problem half of the gradient is 0 to rounding, and so are its squares."""
+    S = torch.randn(12, 12, dtype=torch.float64)
+    values = {"w": torch.linalg.qr(torch.randn(12, 3, dtype=torch.float64)).Q}
+    p = fp.parametrize(values, {"w": Orthogonal("cayley")})
+    raw, state = p.init(values)
+    optimizer = torch.optim.Adam(fp.trainable(raw), lr=0.01)
+    lengths = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        W = p(raw, state)["w"]
+        (W.mT @ (S @ S.mT) @ W).trace().backward()
+        optimizer.step()
+        lengths.append(raw["w"].abs().max().item())
         raw, state = fp.move(p, p, raw, state, optimizer)
-        U, _, Vh = torch.linalg.svd(
-            V - 0.1 * (A - V @ (V.mT @ A + A.mT @ V) / 2), full_matrices=False
-        )
-        V = U @ Vh
-        torch.testing.assert_close(p(raw, state)["w"], V)
+    assert max(lengths) < 0.02
+    W = p(raw, state)["w"]
+    assert (W.mT @ (S @ S.mT) @ W).trace() < 0.5 * (values["w"].mT @ S @ S.mT @ values["w"]).trace()
+
+
+def test_squares_of_complex_raw_and_of_none():
+    start = torch.linalg.qr(torch.randn(4, 2, dtype=torch.complex128)).Q
+    p = fp.parametrize({"w": start}, {"w": Stiefel()})
+    raw, state = p.init({"w": start})
+    optimizer = torch.optim.Adam(fp.trainable(raw), lr=0.01)
+    for rate in (0.0, 1.0):  # no gradient at all, and a usual one
+        optimizer.zero_grad()
+        (rate * p(raw, state)["w"].real.sum()).backward()
+        optimizer.step()
+        raw, state = fp.move(p, p, raw, state, optimizer)
+        assert optimizer.state[raw["w"]]["exp_avg_sq"].isfinite().all()
+    assert optimizer.state[raw["w"]]["exp_avg_sq"].abs().max() > 0

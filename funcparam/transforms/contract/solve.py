@@ -12,6 +12,7 @@ from torch.func import jvp, vjp
 Tensors: TypeAlias = dict[str, Tensor]
 Chart: TypeAlias = Callable[[Tensors], Tensor]
 """A map from the raw tensors of one weight, by key, to its value."""
+Linear: TypeAlias = Callable[[Tensors], Tensors]
 
 
 def tangent_part(forward: Callable[[Any], Tensor], raw: Any, vector: Tensor) -> Tensor:
@@ -21,51 +22,69 @@ def tangent_part(forward: Callable[[Any], Tensor], raw: Any, vector: Tensor) -> 
     def chart(x: Tensors) -> Tensor:
         return forward(x[""] if x.keys() == {""} else x)
 
-    return push(chart, own, _solved(_gram(chart, own), pull(chart, own, vector)))
+    J, J_T = _jacobian(chart, own)
+    return J(_shortest(J, J_T, {"": vector}))[""]
 
 
 def lifted(chart: Chart, raw: Tensors, covector: Tensors) -> Tensor:
     """`J (J^T J)^+` times a covector: the shortest vector that `J^T` takes nearest to it."""
-    gram = _gram(chart, raw)
-    # what is not in the image of J^T is taken out first, or the iteration would go after it
-    return push(chart, raw, _solved(lambda x: gram(gram(x)), gram(covector)))
-
-
-def push(chart: Chart, raw: Tensors, tangent: Tensors) -> Tensor:
-    """`J` times a tangent of raw."""
-    return cast("Tensor", jvp(chart, (raw,), (tangent,))[1])
+    J, J_T = _jacobian(chart, raw)
+    return _shortest(J_T, J, covector)[""]
 
 
 def pull(chart: Chart, raw: Tensors, vector: Tensor) -> Tensors:
     """`J^T` times a vector."""
-    return cast("Any", vjp(chart, raw)[1])(vector)[0]
+    return _jacobian(chart, raw)[1]({"": vector})
 
 
-def _gram(chart: Chart, raw: Tensors) -> Callable[[Tensors], Tensors]:
-    return lambda x: pull(chart, raw, push(chart, raw, x))
+def _jacobian(chart: Chart, raw: Tensors) -> tuple[Linear, Linear]:
+    """Products with the Jacobian and with its adjoint; the value's one tensor has the key ""."""
+    adjoint = cast("Callable[[Tensor], tuple[Tensors]]", vjp(chart, raw)[1])
+
+    def along(tangent: Tensors) -> Tensors:
+        return {"": cast("Tensor", jvp(chart, (raw,), (tangent,))[1])}
+
+    return along, lambda vector: adjoint(vector[""])[0]
 
 
-def _solved(matrix: Callable[[Tensors], Tensors], b: Tensors, steps: int = 100) -> Tensors:
-    """Solve for a positive semidefinite matrix by conjugate gradients (Hestenes, Stiefel, 1952)."""
-    x = {key: torch.zeros_like(tensor) for key, tensor in b.items()}
-    r = p = b
-    size = first = _inner(r, r)
+def _shortest(A: Linear, A_T: Linear, b: Tensors, steps: int = 100) -> Tensors:
+    """The shortest x for which `A x` comes closest to b, by conjugate gradients.
+
+    It ends where the residual, or what of it `A` can reach, is down to rounding. Sources: Hestenes
+    and Stiefel, J. Res. Natl. Bur. Stand. 49 (1952), section 10; the criteria of Paige and
+    Saunders, LSQR, ACM Trans. Math. Softw. 8 (1982), section 6.
+    """
+    scale = _largest(b)
+    if scale == 0:
+        return A_T(b)
+    b = {key: tensor / scale for key, tensor in b.items()}  # squares do not vanish
+    rounding = (10 * max(torch.finfo(tensor.dtype).eps for tensor in b.values())) ** 2
+    rest, p = b, A_T(b)
+    x = {key: torch.zeros_like(tensor) for key, tensor in p.items()}
+    first, size = _square(b), _square(p)
+    norm = size / first  # of A, squared, from below
     for _ in range(steps):
-        if size <= 1e-24 * first:
+        left = _square(rest)
+        if left <= rounding * first or size <= rounding * norm * left:
             break
-        image = matrix(p)
-        curvature = _inner(p, image)
-        if curvature <= 0:  # nothing of what is left can be reached
-            break
-        x, r = _plus(x, size / curvature, p), _plus(r, -size / curvature, image)
-        size, before = _inner(r, r), size
-        p = _plus(r, size / before, p)
-    return x
+        image = A(p)
+        stretched = _square(image)
+        norm = torch.maximum(norm, stretched / _square(p))
+        x, rest = _plus(x, size / stretched, p), _plus(rest, -size / stretched, image)
+        s = A_T(rest)
+        size, before = _square(s), size
+        p = _plus(s, size / before, p)
+    return {key: tensor * scale for key, tensor in x.items()}
 
 
 def _plus(a: Tensors, scale: Tensor, b: Tensors) -> Tensors:
     return {key: tensor + scale * b[key] for key, tensor in a.items()}
 
 
-def _inner(a: Tensors, b: Tensors) -> Tensor:
-    return torch.stack([(tensor.conj() * b[key]).real.sum() for key, tensor in a.items()]).sum()
+def _square(a: Tensors) -> Tensor:
+    return torch.stack([(tensor.conj() * tensor).real.sum() for tensor in a.values()]).sum()
+
+
+def _largest(a: Tensors) -> Tensor:
+    entries = [tensor.abs().amax() for tensor in a.values() if tensor.numel()]
+    return torch.stack(entries).max() if entries else torch.zeros(())
