@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import vjp
 
 Tensors: TypeAlias = dict[str, Tensor]
 Chart: TypeAlias = Callable[[Tensors], Tensor]
@@ -34,17 +35,18 @@ def lifted(chart: Chart, raw: Tensors, covector: Tensors) -> Tensor:
 
 def pull(chart: Chart, raw: Tensors, vector: Tensor) -> Tensors:
     """`J^T` times a vector."""
-    return _jacobian(chart, raw)[1]({"": vector})
+    return cast("Callable[[Tensor], tuple[Tensors]]", vjp(chart, raw)[1])(vector)[0]
 
 
 def _jacobian(chart: Chart, raw: Tensors) -> tuple[Linear, Linear]:
-    """Products with the Jacobian and with its adjoint; the value's one tensor has the key ""."""
-    adjoint = cast("Callable[[Tensor], tuple[Tensors]]", vjp(chart, raw)[1])
+    """Products with the Jacobian and with its adjoint; the value's one tensor has the key "".
 
-    def along(tangent: Tensors) -> Tensors:
-        return {"": cast("Tensor", jvp(chart, (raw,), (tangent,))[1])}
-
-    return along, lambda vector: adjoint(vector[""])[0]
+    That with the Jacobian is the adjoint's adjoint, which evaluates the map once for all products
+    and takes a fraction of the time of forward mode.
+    """
+    value, adjoint = cast("tuple[Tensor, Callable[[Tensor], tuple[Tensors]]]", vjp(chart, raw))
+    along = cast("Callable[[Tensors], tuple[Tensor]]", vjp(partial(pull, chart, raw), value)[1])
+    return lambda tangent: {"": along(tangent)[0]}, lambda vector: adjoint(vector[""])[0]
 
 
 def _shortest(A: Linear, A_T: Linear, b: Tensors, steps: int = 100) -> Tensors:
