@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from funcparam.parametrization.boundary import Entry, RawTree, StateTree
 from funcparam.transforms.contract.base import AnyTransform, Raw, State, Transform
-from funcparam.transforms.contract.steps import detached, updated
+from funcparam.transforms.contract.steps import detached, refreshed, updated
 
 Stack: TypeAlias = "tuple[Any, State]"
 """Raw and state of a group, each tensor with the leaves along dimension 0."""
@@ -132,6 +132,15 @@ class Plan:
         for transform, name in single:
             if name in state and _evolves(transform):
                 new[name] = updated(transform, raw[name], state[name])
+        return new
+
+    def refresh(self, raw: RawTree, state: StateTree) -> dict[str, State]:
+        """Make exact what state approximates, leaf by leaf, without gradients."""
+        new = dict(state)
+        for group in self.groups:
+            for name in group.names:
+                if name in state:
+                    new[name] = refreshed(group.transform, raw[name], state[name])
         return new
 
 

@@ -87,6 +87,20 @@ class Expected:
         return one_kind and shapes == self._shapes and dtypes == self._dtypes
 
 
+def checked(
+    entries: Sequence[Entry], expected: Expected, raw: RawTree, state: StateTree | None
+) -> StateTree:
+    """Raise unless raw and state are what is expected, and return state: {} if left out."""
+    state = {} if state is None else state
+    if not expected.fits(raw, state):
+        if expected.fits(state, raw):
+            raise ValueError("raw, state: expected raw first, p(raw, state); got state first")
+        check_raw_tree(entries, raw)
+        check_state_tree(entries, state)
+        expect_one_device(entries, raw, state)
+    return state
+
+
 def check_raw_tree(entries: Sequence[Entry], raw: RawTree) -> None:
     """Raise for the first thing that is wrong with raw, naming its path."""
     if not isinstance(raw, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 
 def closest(name: object, names: Sequence[str]) -> str:
@@ -12,6 +13,13 @@ def closest(name: object, names: Sequence[str]) -> str:
     if near:
         return f"the closest names are {_some(near)}"
     return f"the names are {_some(names)}"
+
+
+def inside(name: str, names: Sequence[str]) -> str:
+    """Say that something is in what has this name, if it has; else nothing."""
+    if any(fnmatchcase(other, f"{name}.*") for other in names):
+        return f"'{name}.*' matches what is in it"
+    return ""
 
 
 def _some(names: Sequence[str]) -> str:

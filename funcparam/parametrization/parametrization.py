@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, final
 
@@ -16,22 +14,23 @@ from funcparam.parametrization.boundary import (
     Expected,
     RawTree,
     StateTree,
-    check_raw_tree,
-    check_state_tree,
-    distance_moved,
-    expect_finite,
-    expect_finite_raw,
-    expect_one_device,
+    checked,
     explained,
-    value_of,
 )
 from funcparam.parametrization.inspect import groups, overview, summary
-from funcparam.parametrization.names import closest
+from funcparam.parametrization.part import expect_self_contained, fitting, matching
 from funcparam.parametrization.shared import SharedPlan
 from funcparam.parametrization.table import Table, Tabular
-from funcparam.parametrization.tree import flatten
+from funcparam.parametrization.values import (
+    by_first_name,
+    fresh,
+    inverted,
+    log_moves,
+    moves_are_logged,
+    naming,
+    violations,
+)
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
-from funcparam.transforms.contract.precision import autocast_off, widened
 from funcparam.transforms.contract.steps import rebased
 
 if TYPE_CHECKING:
@@ -40,8 +39,7 @@ if TYPE_CHECKING:
     from funcparam.parametrization.nested import Structure
 
 Params = TypeVar("Params")
-
-_LOGGER = logging.getLogger("funcparam")
+T = TypeVar("T")
 
 
 @final
@@ -81,6 +79,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     """The module's buffers that are none of the entries, and that its `state_dict` has."""
     _transforms: dict[str, AnyTransform] = field(init=False, compare=False)
     _aliases: dict[str, str] = field(init=False, compare=False)
+    _known: frozenset[str] = field(init=False, compare=False)
     _expected: Expected = field(init=False, compare=False)
     _plan: SharedPlan = field(init=False, compare=False)
 
@@ -89,6 +88,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         derived: dict[str, Any] = {
             "_transforms": {entry.name: entry.transform for entry in chosen},
             "_aliases": {alias: e.name for e in self.entries for alias in e.names[1:]},
+            "_known": frozenset(name for entry in self.entries for name in entry.names),
             "_expected": Expected(self.entries),
             "_plan": SharedPlan(self.entries),
         }
@@ -111,6 +111,65 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
     def _table(self) -> Table:
         return overview(self.entries)
+
+    # Parts
+
+    def select(self, pattern: str, *more: str) -> Parametrization[dict[str, Tensor]]:
+        """Take a part of the network: the weights whose names match, with a rule or without.
+
+        An inner loop that adapts a head, or training behind a frozen backbone, then evaluates only
+        what changes. [`of`][..of] takes out of raw, state and values what belongs to a part, and
+        dictionaries of parts are joined by `{**a, **b}`. Of a nested tree the values of a part are
+        a dictionary by names; `fp.parametrize(tree, [])` makes the tree of those of all parts.
+
+        Args:
+            pattern: a name or a glob. A tied weight is taken if one of its names matches.
+            *more: more of them; a weight is taken that matches any.
+
+        Raises:
+            ValueError: a pattern matches nothing; or a weight that is taken depends on one that is
+                not (`RotateIn`).
+        """
+        patterns = (pattern, *more)
+        return self._part(matching(patterns, self.entries), fitting(patterns, self.buffers))
+
+    def split(
+        self, pattern: str, *more: str
+    ) -> tuple[Parametrization[dict[str, Tensor]], Parametrization[dict[str, Tensor]]]:
+        """Take the network apart: the weights whose names match, and all others.
+
+        Arguments and errors are those of [`select`][..select].
+
+        Example:
+            >>> import torch, funcparam as fp
+            >>> from funcparam.transforms import Orthogonal, WeightNorm
+            >>> net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+            >>> p = fp.parametrize(net, {"0.weight": Orthogonal(), "1.weight": WeightNorm()})
+            >>> raw, state = p.init(net)
+            >>> head, body = p.split("1.*")
+            >>> fixed = body(body.of(raw), body.of(state))  # once
+            >>> values = {**fixed, **head(head.of(raw), head.of(state))}  # at each step
+            >>> values.keys() == p(raw, state).keys()
+            True
+        """
+        patterns = (pattern, *more)
+        names, buffers = matching(patterns, self.entries), fitting(patterns, self.buffers)
+        every = {entry.name for entry in self.entries}
+        return (
+            self._part(names, buffers),
+            self._part(every - names, {*self.buffers} - buffers),
+        )
+
+    def of(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """Take what belongs to this part out of raw, state or values by name; nothing is copied."""
+        return {name: own for name, own in tensors.items() if name in self._known}
+
+    def _part(
+        self, names: Collection[str], buffers: Collection[str]
+    ) -> Parametrization[dict[str, Tensor]]:
+        entries = tuple(entry for entry in self.entries if entry.name in names)
+        expect_self_contained(entries)
+        return Parametrization(entries, None, tuple(b for b in self.buffers if b in buffers))
 
     # Raw to value
 
@@ -155,6 +214,25 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         """
         state = self._check(raw, state)
         return explained(self.entries, self._plan.update, raw, state)
+
+    def refresh(self, raw: RawTree, state: StateTree) -> dict[str, State]:
+        """Work out exactly what state only follows, and bring base points to their constraint.
+
+        Singular vectors (`SpectralNorm`) become those of raw, and base points (`Orthogonal`) the
+        nearest ones on the constraint. So values satisfy theirs afterwards, whatever raw and state
+        were, such as means of several. The result carries no gradients.
+
+        Example:
+            >>> import torch, funcparam as fp
+            >>> from funcparam.transforms import SpectralNorm
+            >>> p = fp.parametrize({"W": torch.eye(2)}, {"W": SpectralNorm()})
+            >>> _, state = p.init({"W": torch.eye(2)})
+            >>> raw = {"W": torch.diag(torch.tensor([1.0, 4.0]))}
+            >>> p(raw, p.refresh(raw, state))["W"].diag()
+            tensor([0.2500, 1.0000])
+        """
+        state = self._check(raw, state)
+        return explained(self.entries, self._plan.refresh, raw, state)
 
     def rebase(self, raw: RawTree, state: StateTree) -> tuple[dict[str, Raw], dict[str, State]]:
         """Move base points to the current values, which stay as they are.
@@ -211,10 +289,12 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
                 or a value is not finite or outside of what its transform can represent.
             NotImplementedError: a transform has no right inverse.
         """
-        raw, state = self._invert(values, generator, finite=True)
-        if not torch.compiler.is_compiling() and _LOGGER.isEnabledFor(logging.INFO):
-            self._log_moves(self._values(values), raw, state)
-        return _fresh(raw), _fresh(state)
+        given = self._values(values)
+        raw, state = inverted(self._transforms, given, generator, finite=True)
+        state = self._plan.settled(raw, state, self._transforms)
+        if moves_are_logged():
+            log_moves(self._transforms, given, self._chosen_values(raw, state))
+        return fresh(raw), fresh(state)
 
     def right_inverse(
         self, params: Any, *, generator: torch.Generator | None = None
@@ -226,32 +306,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         singular value decomposition (`FixedRank`, `AlmostOrthogonal`) gradients are NaN where
         singular values are equal.
         """
-        return self._invert(params, generator, finite=False)
-
-    def _invert(
-        self, values: Any, generator: torch.Generator | None, *, finite: bool
-    ) -> tuple[dict[str, Raw], dict[str, State]]:
-        given = self._values(values)
-        raw: dict[str, Raw] = dict(given)
-        state: dict[str, State] = {}
-        for name, transform in self._transforms.items():
-            value = given[name]
-            if finite:
-                expect_finite(name, value)
-            try:
-                raw[name], own = transform.right_inverse(value, generator=generator)
-            except (NotImplementedError, ValueError) as error:
-                raise type(error)(f"{name!r}: {error}") from error
-            if finite:
-                expect_finite_raw(name, transform, raw[name])
-            if own:
-                state[name] = own
+        raw, state = inverted(self._transforms, self._values(params), generator, finite=False)
         return raw, self._plan.settled(raw, state, self._transforms)
-
-    def _log_moves(self, values: Mapping[str, Tensor], raw: RawTree, state: StateTree) -> None:
-        for name, projected in self._chosen_values(raw, state).items():
-            if by := distance_moved(values[name], projected):
-                _LOGGER.info("%r was projected by up to %.2g, to %r", name, by, self[name])
 
     # Values that are trained themselves
 
@@ -272,7 +328,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         values = self._values(params)
         own: StateTree = {} if state is None else state
         for name, transform in self._transforms.items():
-            with self._named(name):
+            with naming(name):
                 values[name] = transform.project(values[name], own.get(name, {}))
         return self._build(values)
 
@@ -290,7 +346,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         values, vectors = self._values(params), self._values(grads)
         own: StateTree = {} if state is None else state
         for name, transform in self._transforms.items():
-            with self._named(name):
+            with naming(name):
                 vectors[name] = transform.tangent(values[name], vectors[name], own.get(name, {}))
         return self._build(vectors)
 
@@ -377,62 +433,18 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         }
 
     def _violations(self, values: Mapping[str, Tensor], state: StateTree) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        state = self._plan.filled(state, values)
-        for name, transform in self._transforms.items():
-            value, own = values[name], state.get(name, {})
-            try:
-                with autocast_off(value):
-                    found[name] = transform.violation(*widened((value, own)))
-            except ValueError as error:
-                raise ValueError(f"{name!r}: {error}") from error
-        return found
+        return violations(self._transforms, values, self._plan.filled(state, values))
 
     # The boundary
 
     def _check(self, raw: RawTree, state: StateTree | None) -> StateTree:
-        """Raise unless raw and state are what is expected, and return state: {} if left out."""
-        state = {} if state is None else state
-        if not self._expected.fits(raw, state):
-            if self._expected.fits(state, raw):
-                raise ValueError("raw, state: expected raw first, p(raw, state); got state first")
-            check_raw_tree(self.entries, raw)
-            check_state_tree(self.entries, state)
-            expect_one_device(self.entries, raw, state)
-        return state
+        return checked(self.entries, self._expected, raw, state)
 
     def _values(self, values: Any) -> dict[str, Tensor]:
-        """The tensors that p was made for, under their first names."""
-        leaves = flatten(values)[0]
-        given = {name: leaf.tensor for leaf in leaves for name in leaf.names}
-        known = {name: None for entry in self.entries for name in entry.names}
-        for leaf in leaves:  # a module's buffers may stay out of p; its parameters may not
-            if not leaf.is_buffer and not any(name in known for name in leaf.names):
-                name = leaf.names[0]
-                raise ValueError(
-                    f"unknown name {name!r}: p was made without it; {closest(name, [*known])}"
-                )
-        return {entry.name: value_of(entry, given) for entry in self.entries}
-
-    @contextmanager
-    def _named(self, name: str) -> Generator[None]:
-        """Begin the errors of a transform with the name of its weight."""
-        try:
-            yield
-        except (NotImplementedError, ValueError) as error:
-            raise type(error)(f"{name!r}: {error}") from error
+        return by_first_name(self.entries, values)
 
     def _build(self, values: dict[str, Tensor]) -> Params:
         for alias, name in self._aliases.items():
             values[alias] = values[name]
         tree = values if self.structure is None else self.structure.fill(values)
         return cast("Params", tree)
-
-
-def _fresh(tree: Mapping[str, Any]) -> dict[str, Any]:
-    def copy(node: Any) -> Any:
-        if not isinstance(node, Tensor):
-            return _fresh(node)
-        return torch.empty_like(node).copy_(node.detach())
-
-    return {name: copy(node) for name, node in tree.items()}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import Tensor, nn
 
-from funcparam.parametrization.names import closest
+from funcparam.parametrization.names import closest, inside
 from funcparam.parametrization.tree import Leaf
 from funcparam.transforms.contract.base import AnyTransform, Transform
 from funcparam.transforms.contract.signature import describe
@@ -147,8 +147,8 @@ def _nearest(selector: Any, leaves: Sequence[Leaf]) -> str:
         if plain is not None and _would_match(selector, plain):
             return f"a hook computes {plain!r}: see funcparam.compat.to_functional"
     if isinstance(selector, str):
-        if any(fnmatchcase(name, f"{selector}.*") for name in names):
-            return f"'{selector}.*' matches what is in it"
+        if hint := inside(selector, names):
+            return hint
         buffers = [name for name in names if fnmatchcase(name, selector)]
         if buffers:
             return f"{buffers[0]!r} is a buffer, which only its own name picks"

@@ -63,6 +63,11 @@ class SharedPlan:
         between = self._first.update(self._own(raw), state)
         return self.emptied(self._plan.update(raw, self.given(raw, between)), state)
 
+    def refresh(self, raw: RawTree, state: StateTree) -> dict[str, State]:
+        """Make exact what state approximates, without gradients."""
+        between = self._first.refresh(raw, state)
+        return self.emptied(self._plan.refresh(raw, self.given(raw, between)), state)
+
     def given(self, raw: RawTree, state: StateTree) -> StateTree:
         """State with the values in it that transforms take of others."""
         if not self._takes:

@@ -11,7 +11,13 @@ from funcparam.transforms.contract.arguments import POSITIVE_NUMBER, expect_argu
 from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.frames import at_frames, between_frames, svd, with_moved_bases
+from funcparam.transforms.numerics.frames import (
+    at_frames,
+    between_frames,
+    svd,
+    with_exact_bases,
+    with_moved_bases,
+)
 from funcparam.transforms.numerics.linalg import linalg
 
 # At the bound itself the sine has no slope, and a singular value would never leave it.
@@ -83,6 +89,10 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
         S = torch.where(inside, offset.clamp(-1, 1), _INSIDE * offset.sign()).asin()
         raw, state = at_frames(U, S, Vh)
         return raw, {**state, "lam": spectrum.new_full((), self.lam)}
+
+    @full_precision
+    def refresh(self, raw: Mapping[str, Tensor], state: State) -> State:
+        return with_exact_bases(state)
 
     @full_precision
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:

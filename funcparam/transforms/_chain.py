@@ -104,6 +104,18 @@ class Chain(Transform[Any]):
                 raw = part.forward(raw, own)
         return new
 
+    def refresh(self, raw: Any, state: State) -> State:
+        new = dict(state)
+        last = max((int(key.partition(".")[0]) for key in state), default=-1)
+        for i, (part, own) in enumerate(self._each(state)):
+            if i > last:
+                break
+            own = part.refresh(raw, own)
+            new |= {f"{i}.{key}": tensor for key, tensor in own.items()}
+            if i < last:
+                raw = part.forward(raw, own)
+        return new
+
     def rebase(self, raw: Any, state: State) -> tuple[Any, State]:
         first, own = next(self._each(state))
         raw, own = first.rebase(raw, own)

@@ -12,7 +12,13 @@ from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_arg
 from funcparam.transforms.contract.base import State, Transform, expect_all, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.frames import at_frames, between_frames, svd, with_moved_bases
+from funcparam.transforms.numerics.frames import (
+    at_frames,
+    between_frames,
+    svd,
+    with_exact_bases,
+    with_moved_bases,
+)
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
@@ -83,6 +89,10 @@ class FixedRank(Transform[Mapping[str, Tensor]]):
             f"expects a matrix of rank at least {self.rank}, to rounding; use LowRank({self.rank})",
         )
         return at_frames(U[..., : self.rank], inverse_softplus(S), Vh[..., : self.rank, :])
+
+    @full_precision
+    def refresh(self, raw: Mapping[str, Tensor], state: State) -> State:
+        return with_exact_bases(state)
 
     @full_precision
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:

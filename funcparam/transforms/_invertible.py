@@ -205,6 +205,10 @@ class SpecialLinear(Transform[Tensor]):
         return torch.zeros_like(value), {"base": _to_determinant_one(value)}
 
     @full_precision
+    def refresh(self, raw: Tensor, state: State) -> State:
+        return self.right_inverse(state["base"])[1]
+
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         # nothing is repaired: what is off by the rounding of a determinant would move all entries
         return torch.zeros_like(raw), {"base": self.forward(raw, state)}

@@ -10,7 +10,13 @@ from torch import Tensor
 from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.frames import at_frames, between_frames, svd, with_moved_bases
+from funcparam.transforms.numerics.frames import (
+    at_frames,
+    between_frames,
+    svd,
+    with_exact_bases,
+    with_moved_bases,
+)
 from funcparam.transforms.numerics.linalg import linalg
 
 
@@ -58,6 +64,10 @@ class Isospectral(Transform[Mapping[str, Tensor]]):
         U, s, Vh = svd(value)
         raw, state = at_frames(U, s, Vh)
         return {"U": raw["U"], "V": raw["V"]}, {**state, "s": s}
+
+    @full_precision
+    def refresh(self, raw: Mapping[str, Tensor], state: State) -> State:
+        return with_exact_bases(state)
 
     @full_precision
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:

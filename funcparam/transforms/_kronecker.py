@@ -103,6 +103,10 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
         (A, left, own_A), (B, right, own_B) = self._each(raw, state)
         return named({"A": A.update(left, own_A), "B": B.update(right, own_B)})
 
+    def refresh(self, raw: Mapping[str, Tensor], state: State) -> State:
+        (A, left, own_A), (B, right, own_B) = self._each(raw, state)
+        return named({"A": A.refresh(left, own_A), "B": B.refresh(right, own_B)})
+
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         (A, left, own_A), (B, right, own_B) = self._each(raw, state)
         left, own_A = A.rebase(left, own_A)

@@ -141,6 +141,10 @@ class Orthogonal(Transform[Tensor]):
         return "direction" if self.map in _PROJECTIONS else "coordinates"
 
     @full_precision
+    def refresh(self, raw: Tensor, state: State) -> State:
+        return {"base": nearest_orthogonal(state["base"])} if self.trivialize else state
+
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         if not self.trivialize:
             return raw, state
@@ -244,6 +248,10 @@ class SpecialOrthogonal(Transform[Tensor]):
         return raw, {"base": torch.cat([base[..., :-1], base[..., -1:] * sign], dim=-1)}
 
     @full_precision
+    def refresh(self, raw: Tensor, state: State) -> State:
+        return self.right_inverse(nearest_orthogonal(state["base"]))[1]
+
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 
@@ -305,6 +313,9 @@ class Unitary(Transform[Tensor]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
         return Orthogonal(self.map).right_inverse(value)
+
+    def refresh(self, raw: Tensor, state: State) -> State:
+        return Orthogonal(self.map).refresh(raw, state)
 
     @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:

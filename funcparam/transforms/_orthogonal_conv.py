@@ -21,6 +21,7 @@ from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.kernels import expect_groups, grouped
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.orthogonal_maps import FRAMES, identity_like
+from funcparam.transforms.numerics.polar import nearest_orthogonal
 
 # Inside, a kernel is (*taps, groups, out, in), so that a product is one of channels, and one with
 # more outputs than inputs is transposed.
@@ -136,6 +137,11 @@ class OrthogonalConv(Transform[Mapping[str, Tensor]]):
         return "relative"
 
     @full_precision
+    def refresh(self, raw: Mapping[str, Tensor], state: State) -> State:
+        matrix = nearest_orthogonal(state["matrix"])
+        return {key: _nearest_projector(P) for key, P in state.items()} | {"matrix": matrix}
+
+    @full_precision
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         matrix, base = self._matrix().rebase(raw["matrix"], {"base": state["matrix"]})
         projectors = {
@@ -245,6 +251,12 @@ def _projector_again(P: Tensor) -> Tensor:
     hermitian = (P + P.mH) / 2
     square = hermitian @ hermitian
     return 3 * square - 2 * hermitian @ square
+
+
+def _nearest_projector(P: Tensor) -> Tensor:
+    """The projector on what P keeps more than half of."""
+    values, vectors = cast("tuple[Tensor, Tensor]", linalg.eigh((P + P.mH) / 2))
+    return (vectors * (values > 0.5).unsqueeze(-2)) @ vectors.mH
 
 
 def _along(kernel: Tensor, axis: int) -> Tensor:

@@ -20,6 +20,9 @@ class Parts(Transform[Mapping[str, Tensor]]):
     def update(self, raw: Mapping[str, Tensor], state: State) -> State:
         return merged([part.update(X, own) for part, X, own in self.each(raw, state)])
 
+    def refresh(self, raw: Mapping[str, Tensor], state: State) -> State:
+        return merged([part.refresh(X, own) for part, X, own in self.each(raw, state)])
+
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         pairs = [part.rebase(X, own) for part, X, own in self.each(raw, state)]
         return merged([raw for raw, _ in pairs]), merged([state for _, state in pairs])

@@ -137,6 +137,10 @@ class SpectralNorm(Transform[Tensor]):
         return {"u": u, "v": v}
 
     @full_precision
+    def refresh(self, raw: Tensor, state: State) -> State:
+        return self.right_inverse(raw)[1]
+
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.forward(raw, state), state
 

@@ -74,6 +74,10 @@ class Stiefel(Transform[Tensor]):
         return torch.zeros_like(value), {"base": _nearby_frame(value)}
 
     @full_precision
+    def refresh(self, raw: Tensor, state: State) -> State:
+        return {"base": nearest_orthogonal(state["base"])}
+
+    @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 
@@ -146,6 +150,10 @@ class Grassmann(Transform[Tensor]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
         return torch.zeros_like(value), {"base": _nearby_frame(value)}
+
+    @full_precision
+    def refresh(self, raw: Tensor, state: State) -> State:
+        return {"base": nearest_orthogonal(state["base"])}
 
     @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:

@@ -167,6 +167,14 @@ class Transform(ABC, Generic[R]):
         """
         return torch.func.vmap(self.update)(raw, dict(state))
 
+    def refresh(self, raw: R, state: State) -> State:
+        """Work out exactly what `update` only follows, and bring base points to their constraint.
+
+        Afterwards `forward` satisfies the constraint whatever raw and state are, such as means of
+        several. The default returns state as it is. As `update`, it is given both detached.
+        """
+        return state
+
     def rebase(self, raw: R, state: State) -> tuple[R, State]:
         """Move the base point to the current value, which stays.
 
@@ -199,6 +207,21 @@ class Transform(ABC, Generic[R]):
         expect_constraint(self)
         raw, own = self.right_inverse(value)
         return tangent_part(lambda raw: self.forward(raw, own), raw, vector)
+
+    def karcher_mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Find the value of which the squared distances along the constraint have the least mean.
+
+        Args:
+            values: several values along dimension 0.
+            weights: one for each, which sum to 1.
+
+        Raises:
+            NotImplementedError: no such mean is known here.
+            ValueError: the values are too far apart to have one.
+        """
+        raise NotImplementedError(
+            f"{self!r} has no Karcher mean, which is known of orthogonal and unitary matrices"
+        )
 
     @abstractmethod
     def violation(self, value: Tensor, state: State) -> Tensor:

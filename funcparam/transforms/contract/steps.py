@@ -19,6 +19,12 @@ def updated(transform: AnyTransform, raw: Raw, state: State) -> State:
     return _kept(state, given, transform.update(detached(raw), given))
 
 
+def refreshed(transform: AnyTransform, raw: Raw, state: State) -> State:
+    """State made exact; what stays is the same tensor."""
+    given = detached(state)
+    return _kept(state, given, transform.refresh(detached(raw), given))
+
+
 def rebased(transform: AnyTransform, raw: Raw, state: State) -> tuple[Raw, State]:
     """Raw and state with the base point moved to the value; what does not move is the same tensor.
 

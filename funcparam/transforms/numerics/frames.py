@@ -15,6 +15,7 @@ from funcparam.transforms.numerics.orthogonal_maps import (
     identity_like,
     q_factor,
 )
+from funcparam.transforms.numerics.polar import nearest_orthogonal
 
 Factors = Mapping[str, Tensor]
 
@@ -70,6 +71,12 @@ def at_frames(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Factors, State]:
     left, right = (frame.resolve_conj().contiguous() for frame in (U, Vh.mH))
     raw = {"U": torch.zeros_like(left), "S": S, "V": torch.zeros_like(right)}
     return raw, {"base_U": left, "base_V": right}
+
+
+def with_exact_bases(state: State) -> State:
+    """State with the nearest orthonormal frames as bases."""
+    bases = {key: nearest_orthogonal(state[key]) for key in ("base_U", "base_V")}
+    return {**state, **bases}
 
 
 def with_moved_bases(raw: Factors, state: State) -> tuple[Factors, State]:
