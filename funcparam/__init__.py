@@ -11,6 +11,7 @@ from funcparam.binding.module import Parametrized
 from funcparam.binding.shells import shells, unshelled
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.parametrize import parametrize
+from funcparam.training.averages import average
 from funcparam.training.groups import Groups, groups
 from funcparam.training.moves import move
 from funcparam.training.named import named, trainable
@@ -29,6 +30,7 @@ __all__ = [
     "Parametrized",
     "ParametrizedCall",
     "Transform",
+    "average",
     "bound",
     "checkpoint",
     "compat",

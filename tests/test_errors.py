@@ -166,6 +166,19 @@ def moved_in_views():
     fp.move(p, fp.parametrize(NET, []), raw, state, fp.groups(raw, p).optimizer())
 
 
+def averaged(*trees, transform=None, **options):
+    p = fp.parametrize(trees[0], {"w": transform} if transform else {})
+    fp.average([p.init(tree) for tree in trees], p, **options)
+
+
+def with_another_radius():
+    p = of(fp.transforms.AlmostOrthogonal(0.5), torch.eye(2))
+    raw, state = p.init({"w": torch.eye(2)})
+    raw["w"]["S"] += 1
+    state["w"]["lam"] += 0.5
+    fp.average([(raw, state)], p, "values")
+
+
 def in_bound(net, values):
     with fp.bound(net, values):
         pass

@@ -276,6 +276,16 @@ class Parametrized(nn.Module):
             changed = [*changes(raw, new_raw), *changes(state, new_state)]
             overwrite([c.old for c in changed], [c.new for c in changed])
 
+    def refresh(self) -> None:
+        """Make state exact for the raw that is there, in place; see [`Parametrization.refresh`][].
+
+        For an average of such modules, whose buffers are means or another module's.
+        """
+        raw, state = self._own()
+        with torch.no_grad():
+            changed = changes(state, self._ruled.refresh(*whole((raw, state))))
+            overwrite([c.old for c in changed], [c.new for c in changed])
+
     def fold(self) -> nn.Module:
         """Return a plain copy of the network with the values written into it.
 

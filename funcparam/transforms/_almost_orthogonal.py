@@ -83,12 +83,9 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
         U, spectrum, Vh = svd(value)
-        offset = (spectrum - 1) / self.lam
-        rounding = max(value.shape[-2:]) * torch.finfo(spectrum.dtype).eps * 4 / self.lam
-        inside = offset.abs() <= 1 + rounding
-        S = torch.where(inside, offset.clamp(-1, 1), _INSIDE * offset.sign()).asin()
-        raw, state = at_frames(U, S, Vh)
-        return raw, {**state, "lam": spectrum.new_full((), self.lam)}
+        lam = spectrum.new_full((), self.lam)
+        raw, state = at_frames(U, _offset(spectrum, lam, value).asin(), Vh)
+        return raw, {**state, "lam": lam}
 
     @full_precision
     def refresh(self, raw: Mapping[str, Tensor], state: State) -> State:
@@ -98,6 +95,13 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         return with_moved_bases(raw, state)
 
+    @full_precision
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """Singular values that are outside go inside; the radius is that in state."""
+        U, spectrum, Vh = svd(value)
+        spectrum = 1 + state["lam"] * _offset(spectrum, state["lam"], value)
+        return (U * spectrum.unsqueeze(-2).to(U.dtype)) @ Vh
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the farthest singular value is outside; a radius in state counts if given."""
         spectrum: Tensor = linalg.svdvals(value)
@@ -106,3 +110,11 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+
+
+def _offset(spectrum: Tensor, lam: Tensor, value: Tensor) -> Tensor:
+    """Where between the bounds, at -1 and 1, singular values go."""
+    offset = (spectrum - 1) / lam
+    rounding = max(value.shape[-2:]) * torch.finfo(spectrum.dtype).eps * 4 / lam
+    inside = offset.abs() <= 1 + rounding
+    return torch.where(inside, offset.clamp(-1, 1), _INSIDE * offset.sign())

@@ -19,6 +19,7 @@ from funcparam.transforms.contract.base import (
 )
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
+from funcparam.transforms.numerics.karcher import karcher_mean
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.orthogonal_maps import (
     FRAMES,
@@ -158,6 +159,9 @@ class Orthogonal(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return orthogonal_tangent(value, vector)
 
+    def karcher_mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        return karcher_mean(values, weights)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I| of the shorter side."""
         tall = value.mT if value.shape[-2] < value.shape[-1] else value
@@ -258,6 +262,9 @@ class SpecialOrthogonal(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return Orthogonal().tangent(value, vector, state)
 
+    def karcher_mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        return karcher_mean(values, weights)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^T W - I| or |det W - 1|."""
         determinant: Tensor = linalg.det(value)
@@ -327,6 +334,9 @@ class Unitary(Transform[Tensor]):
 
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return Orthogonal().tangent(value, vector, state)
+
+    def karcher_mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        return karcher_mean(values, weights)
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I|."""

@@ -12,6 +12,7 @@ from funcparam.transforms.contract.base import State, Transform, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.frames import moved, tilted
+from funcparam.transforms.numerics.karcher import karcher_mean
 from funcparam.transforms.numerics.orthogonal_maps import q_factor
 from funcparam.transforms.numerics.polar import nearest_orthogonal, orthogonal_tangent
 
@@ -88,6 +89,9 @@ class Stiefel(Transform[Tensor]):
 
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return orthogonal_tangent(value, vector)
+
+    def karcher_mean(self, values: Tensor, weights: Tensor) -> Tensor:
+        return karcher_mean(values, weights)
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I| of the shorter side."""
