@@ -29,6 +29,12 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def entries_are_far(monkeypatch):
+    """Transforms do as on a device, whose entries would have to be waited for."""
+    monkeypatch.setattr("funcparam.transforms.contract.base._AT_HAND", ())
+
+
 def pytest_collection_modifyitems(items):
     """Names of tests hold no address: each worker has to collect the same."""
     for item in items:

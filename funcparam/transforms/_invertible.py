@@ -155,7 +155,8 @@ class SpecialLinear(Transform[Tensor]):
 
     In floating point the determinant is 1 to rounding times the condition number of `W`, which
     grows with the upper triangle of raw. `exp(A)` alone is a rotation to rounding for entries up
-    to about 1e7 in float32, 1e3 where it is compiled or exported.
+    to about 1e7 in float32; on a device, compiled or exported it is NaN where the norm of `A` is
+    beyond about 1e4.
 
     State `{"base"}` holds `B`, where init writes the value; raw starts at 0. A value of
     determinant 1, to the rounding of its entries and within a tenth, is kept. Any other invertible

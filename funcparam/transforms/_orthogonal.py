@@ -67,9 +67,10 @@ class Orthogonal(Transform[Tensor]):
 
     The columns are orthonormal to rounding after any number of steps, weight decay included:
     nothing is accumulated. In float32 that holds for entries of raw up to about 1e3;
-    `"matrix_exp"` goes on to 1e7 where it is not compiled or exported, `"householder"` and `"qr"`
-    to 1e10. `"cayley"` of a square with an even side goes on to `-B`; elsewhere `I - A/2` may be
-    singular to rounding from about 1e7 on (1e15 in float64).
+    `"matrix_exp"` goes on to 1e7 on a CPU (on a device, compiled or exported it becomes NaN where
+    the norm of `A` is beyond about 1e4), `"householder"` and `"qr"` to 1e10. `"cayley"` of a square
+    with an even side goes on to `-B`; elsewhere `I - A/2` may be singular to rounding from about
+    1e7 on (1e15 in float64).
 
     Args:
         map: `"matrix_exp"`, `"cayley"`, `"householder"`, `"qr"` or `"newton_schulz"`.
@@ -80,7 +81,8 @@ class Orthogonal(Transform[Tensor]):
             two dimensions, or is complex with `"householder"`; at init, with `"qr"` or
             `"newton_schulz"` and no base point, if the value is singular or close to it.
         NotImplementedError: at init, with `"matrix_exp"` or `"cayley"` and no base point.
-        torch.linalg.LinAlgError: in `forward`, with `"cayley"`, where `I - A/2` is singular.
+        torch.linalg.LinAlgError: in `forward`, with `"cayley"`, where `I - A/2` is singular; on a
+            device, compiled or exported the value is not finite instead.
 
     Example:
         >>> import torch

@@ -64,12 +64,12 @@ class OrthogonalConv(Transform[Mapping[str, Tensor]]):
     projectors but 0 or `I` and can only be turned.
 
     The convolution is orthogonal to rounding, for entries of raw as large as
-    [`Orthogonal`][funcparam.transforms.Orthogonal] allows (of `"matrix_exp"` in float32 1e7, and
-    1e3 compiled or exported), and with up to three taps along each axis the value
-    is kept to rounding. A longer kernel may have so little at its ends that rounding hides its
-    factors. Of random kernels of 16 channels and 5, 9 and 17 taps the worst of 20 moved by 3e-14,
-    1e-5 and 1e-2 in float64 (the median by 2e-15, 2e-13 and 5e-5), and by 2e-6, 4e-3 and 6e-2 in
-    float32. Save raw and state of such a kernel, not the value; `rebase` keeps it to rounding.
+    [`Orthogonal`][funcparam.transforms.Orthogonal] allows, and with up to three taps along each
+    axis the value is kept to rounding. A longer kernel may have so little at its ends that rounding
+    hides its factors. Of random kernels of 16 channels and 5, 9 and 17 taps the worst of 20 moved
+    by 3e-14, 1e-5 and 1e-2 in float64 (the median by 2e-15, 2e-13 and 5e-5), and by 2e-6, 4e-3 and
+    6e-2 in float32. Save raw and state of such a kernel, not the value; `rebase` keeps it to
+    rounding.
 
     Args:
         map: `"matrix_exp"`, `"cayley"` or `"householder"` (real dtypes only).

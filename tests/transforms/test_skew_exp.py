@@ -27,6 +27,14 @@ def errors(Q, A):
     return (Q - exact(A)).abs().max(), (Q.mT @ Q - torch.eye(len(Q)).double()).abs().max()
 
 
+@pytest.fixture(params=["at hand", "far away"])
+def entries(request):
+    """On a CPU a norm is read; far away, on a device, there are as many squarings as ever."""
+    if request.param == "far away":
+        request.getfixturevalue("entries_are_far")
+
+
+@pytest.mark.usefixtures("entries")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [2, 16, 65])
 @pytest.mark.parametrize("norm", NORMS)
@@ -40,6 +48,7 @@ def test_no_worse_than_torchs(n, norm, dtype):
     assert orthogonality <= their_orthogonality + 16 * eps
 
 
+@pytest.mark.usefixtures("entries")
 @pytest.mark.parametrize("norm", NORMS)
 def test_complex_matrices(norm):
     H = torch.randn(6, 6, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
@@ -50,6 +59,7 @@ def test_complex_matrices(norm):
     assert_close(skew_exp(A), expected, atol=1e-11, rtol=0)
 
 
+@pytest.mark.usefixtures("entries")
 @pytest.mark.parametrize("norm", [0.0, 1e-3, 0.5, 10.0])
 def test_derivatives(norm):
     A = skew(4, norm)
@@ -62,6 +72,7 @@ def test_derivatives(norm):
     assert_close(hessian(ours)(A), hessian(theirs)(A), atol=1e-10, rtol=1e-8)
 
 
+@pytest.mark.usefixtures("entries")
 def test_a_batch_of_all_norms_is_a_loop():
     A = torch.stack([skew(5, norm, torch.float32) for norm in NORMS])
     loop = torch.stack([skew_exp(a) for a in A])
@@ -70,6 +81,7 @@ def test_a_batch_of_all_norms_is_a_loop():
             assert_close(Q, expected, rtol=0, atol=max(1e-6, norm * torch.finfo(Q.dtype).eps))
 
 
+@pytest.mark.usefixtures("entries")
 @pytest.mark.parametrize("norms", [(1.0, 1.9), (1e-4, 0.6), (1e-4, 3.0)])
 def test_members_of_a_batch_are_no_worse_than_torchs(norms):
     A = torch.stack([skew(16, norm, torch.float32) for norm in norms])
@@ -97,6 +109,15 @@ def test_what_has_no_norm_to_read():
     assert_close(compiled, skew_exp(A), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("entries_are_far")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_what_takes_more_squarings_than_there_are_is_nan(dtype):
+    A = torch.stack([skew(4, norm).to(dtype) for norm in (1.0, 1e4, 1e5, 1e30)])
+    assert skew_exp(A).isnan().any(-1).all(-1).tolist() == [False, False, True, True]
+    assert not skew_exp(A[:2]).isnan().any()
+
+
+@pytest.mark.usefixtures("entries")
 def test_nan_and_infinity_show():
     assert skew_exp(torch.full((2, 2), torch.nan)).isnan().all()
     assert not skew_exp(torch.full((2, 2), torch.inf)).isfinite().all()

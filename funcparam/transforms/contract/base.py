@@ -21,6 +21,8 @@ _dispatch: Any = Tensor.__torch_dispatch__  # pyright: ignore
 _get_dispatch_mode: Any = torch._C._get_dispatch_mode  # pyright: ignore
 _PROXY: Any = torch._C._TorchDispatchModeKey.PROXY  # pyright: ignore
 
+_AT_HAND = ("cpu",)
+
 R = TypeVar("R", bound=Raw)
 
 
@@ -380,6 +382,15 @@ def has_entries(tensor: Tensor) -> bool:
         return False
     own: Any = type(torch.func.debug_unwrap(tensor))
     return own.__torch_dispatch__ is _dispatch
+
+
+def reads_cheaply(tensor: Tensor) -> bool:
+    """Whether numbers can decide, and nothing has to be waited for to see them.
+
+    A CPU has computed them when it comes to that. A device has work before it, and who waits for
+    it cannot give it more: what reads numbers in `forward`, `update` or `project` asks here first.
+    """
+    return tensor.device.type in _AT_HAND and has_entries(tensor)
 
 
 def largest(tensor: Tensor) -> Tensor:

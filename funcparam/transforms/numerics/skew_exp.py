@@ -7,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from funcparam.transforms.contract.base import has_entries
+from funcparam.transforms.contract.base import reads_cheaply
 from funcparam.transforms.numerics.linalg import linalg
 
 _R = sqrt(177)
@@ -25,53 +25,68 @@ _CORRECTED_EVERY = 8
 def skew_exp(A: Tensor) -> Tensor:
     """exp(A), orthogonal to rounding, by a Taylor polynomial and squarings.
 
-    In float32 up to entries of 1e7. Where no norm can be read (compiled, exported), PyTorch's
-    `matrix_exp` takes the squarings at once, and that holds up to entries of about 1e3.
+    All is done with E = exp(A / 2^k) - I, of which no squaring loses a bit: it is 2 E + E^2. So
+    any number of them is enough that makes the polynomial exact. On a CPU the norm is read, and
+    asks for as many as it takes, in float32 up to entries of 1e7. A device would have to be waited
+    for, and a trace has nothing to read: there it is always 16, or 20 in float64, which is enough
+    up to a spectral norm of about 1e4; beyond that the result is NaN.
 
     The polynomial has degree 8 and takes three products. Source: Bader, Blanes and Casas,
     Computing the matrix exponential with an optimized Taylor polynomial approximation,
     Mathematics 7 (2019), 1174, equation 13.
     """
-    if not (A.numel() and has_entries(A)):  # a trace must not depend on data
-        return _nearest_orthogonal(linalg.matrix_exp(A))
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    if A.numel() == 0:
+        return A + identity
     A2 = A @ A
-    doublings = _doublings(A2.detach())
-    whole = torch.func.debug_unwrap(doublings)
-    least, most = int(whole.amin()), int(whole.amax())
-    alike = most - least < 2  # one halving too many loses a bit, and less than telling apart costs
-    if alike:
-        power = _taylor(A, A2, 2.0**-most)
+    halvings = _halvings(A2.detach())
+    if reads_cheaply(A):
+        most = torch.func.debug_unwrap(halvings).amax()
+        squarings = int(torch.nan_to_num(most, posinf=0))
     else:
-        scale = torch.exp2(-doublings)
-        power = _taylor(A * scale, A2 * scale.square(), 1.0)
-    for i in range(most):
-        square = power @ power
-        power = square if alike or i < least else torch.where(i < doublings, square, power)
-        if i % _CORRECTED_EVERY == _CORRECTED_EVERY - 1:
-            power = _nearest_orthogonal(power)
-    return _nearest_orthogonal(power) if most else power
+        squarings = 16 if _is_single(A) else 20
+        identity = torch.where(halvings > squarings, torch.nan, identity)
+    power, twice = _taylor(A, A2, 2.0**-squarings), 2 * identity
+    for i in range(squarings):
+        if i and i % _CORRECTED_EVERY == 0:
+            power = _corrected(power)
+        power = power @ (power + twice)
+    Q = power + identity
+    return _nearest_orthogonal(Q) if squarings else Q
 
 
 def _taylor(A: Tensor, A2: Tensor, t: float) -> Tensor:
-    """exp(t A), given A and its square: scaling by a number costs nothing in the coefficients."""
+    """exp(t A) - I, given A and its square: scaling by a number costs nothing in the coefficients.
+
+    Equation 13 less its identity, by the distributive law.
+    """
     A4 = A2 @ torch.add(A * (_X1 * t**3), A2, alpha=_X2 * t**4)
     left = torch.add(A4, A2, alpha=_X3 * t**2)
     right = torch.add(torch.add(A * (_X5 * t), A2, alpha=_X6 * t**2), A4, alpha=_X7)
-    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    low = torch.add(torch.add(identity, A, alpha=t), A2, alpha=_Y2 * t**2)
+    low = torch.add(A * t, A2, alpha=_Y2 * t**2)
     return torch.add(low, left, alpha=_X4) + left @ right
 
 
-def _doublings(A2: Tensor) -> Tensor:
+def _halvings(A2: Tensor) -> Tensor:
     """How often A is to be halved for the polynomial to be exact to rounding, as (..., 1, 1).
 
     A^2 is Hermitian, so its largest row sum bounds its eigenvalues, more tightly than a norm of A
     bounds those of A. NaN and infinity need no squaring to show.
     """
-    bound = 0.58 if A2.dtype in (torch.float32, torch.complex64) else 0.05
+    bound = 0.58 if _is_single(A2) else 0.05
     rows: Tensor = linalg.vector_norm(A2, 1, dim=-1, keepdim=True)
-    halvings = (rows.amax(-2, keepdim=True) / bound**2).log2() / 2
-    return torch.nan_to_num(halvings.ceil().clamp_min(0), posinf=0)
+    return ((rows.amax(-2, keepdim=True) / bound**2).log2() / 2).ceil().clamp_min(0)
+
+
+def _is_single(A: Tensor) -> bool:
+    return A.dtype in (torch.float32, torch.complex64)
+
+
+def _corrected(E: Tensor) -> Tensor:
+    """`_nearest_orthogonal` of I + E, less I, which keeps the digits of a small E."""
+    F = E.detach()
+    excess = F + F.mH + F.mH @ F
+    return E - (excess + F @ excess) / 2
 
 
 def _nearest_orthogonal(Q: Tensor) -> Tensor:
