@@ -20,6 +20,7 @@ from funcparam.transforms.contract.base import (
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.norms import directions
 
 
 @final
@@ -79,6 +80,11 @@ class CorrelationCholesky(Transform[Tensor]):
         rest = torch.maximum(pad(squares[..., 1:], (0, 1)).sqrt(), diagonal.unsqueeze(-1))
         i, j = torch.tril_indices(*value.shape[-2:], offset=-1, device=value.device)
         return torch.asinh((lower / rest)[..., i, j]), {}
+
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """Rows of the lower triangle over their lengths; the diagonal is positive at least."""
+        diagonal = value.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(value.dtype).tiny)
+        return directions(value.tril(-1) + torch.diag_embed(diagonal), (-1,))
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest of |length of a row - 1|, |entry above the diagonal| and -diagonal."""

@@ -90,8 +90,12 @@ class DoublyStochastic(Transform[Tensor]):
         expect_all(
             self, value >= 0, "expects no negative entry; clamp the value or exponentiate it first"
         )
-        logs = value.clamp_min(torch.finfo(value.dtype).tiny).log()
-        return logs * self.temperature, {}
+        return self._logs(value), {}
+
+    @full_precision
+    def project(self, value: Tensor, state: State) -> Tensor:
+        """Entries that are not positive become the smallest normal number, and the rest follows."""
+        return self.forward(self._logs(value), state)
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest |row sum - 1|, |column sum - 1| or -entry."""
@@ -107,6 +111,9 @@ class DoublyStochastic(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
         expect_square(self, value)
+
+    def _logs(self, value: Tensor) -> Tensor:
+        return value.clamp_min(torch.finfo(value.dtype).tiny).log() * self.temperature
 
 
 def _rounded(plan: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from funcparam.transforms.contract.base import reads_cheaply
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.polar import polar_factor
 from funcparam.transforms.numerics.skew_exp import skew_exp
@@ -27,16 +28,20 @@ def identity_like(X: Tensor) -> Tensor:
 
 
 def cayley_plus_identity(A: Tensor) -> Tensor:
-    """(I - A/2)^-1 (I + A/2) + I of a skew-Hermitian A: one inverse and no product."""
-    try:
-        return linalg.inv(torch.sub(identity_like(A) / 2, A, alpha=0.25))
-    except linalg.LinAlgError as error:  # to rounding A is all there is, and A is singular
+    """(I - A/2)^-1 (I + A/2) + I of a skew-Hermitian A: one inverse and no product.
+
+    Where A is so large that to rounding it is all there is, and singular, that is an error. On a
+    device, which would have to be waited for, and in a trace it is infinity or NaN.
+    """
+    inverse, info = linalg.inv_ex(torch.sub(identity_like(A) / 2, A, alpha=0.25))
+    if reads_cheaply(info) and bool(torch.func.debug_unwrap(info).any()):
         raise linalg.LinAlgError(
             f"the Cayley transform expects raw well below {1 / torch.finfo(A.dtype).eps:.0e}, where"
             f" I - A / 2 can be inverted in {str(A.dtype).removeprefix('torch.')}; got larger"
             " entries. Lower the learning rate, move the base point with p.rebase before raw grows,"
             " or use Orthogonal('householder'), which goes further"
-        ) from error
+        )
+    return inverse
 
 
 def _matrix_exp(X: Tensor, base: Tensor | None = None) -> Tensor:
