@@ -59,7 +59,7 @@ class SpectralCap(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        # of a matrix whose norm is no larger nothing is cut; products would round small entries away
+        # if the norm is no larger nothing is cut, and products would round small entries away
         kept = linalg.matrix_norm(raw.detach(), keepdim=True) <= state["cap"]
         wide = raw.shape[-2] < raw.shape[-1]
         Y = torch.where(kept, 0, raw.mH if wide else raw) / state["cap"]

@@ -324,7 +324,7 @@ def test_points_of_the_plane_are_brought_inside(kind, dtype, size):
     inside = 0.5 * torch.rand(50, 2).to(dtype) - 0.6
     found = transform.project(value, {})
     assert transform.violation(found, {}) == 0
-    raw, state = transform.right_inverse(found)  # which refuses the bound
+    raw, _ = transform.right_inverse(found)  # which refuses the bound
     assert all(t.isfinite().all() for t in raw.values())
     assert transform.project(inside, {}).equal(inside)
     nearest = torch.complex(*value.double().unbind(-1))
