@@ -155,7 +155,7 @@ class Orthogonal(Transform[Tensor]):
 
     @full_precision
     def project(self, value: Tensor, state: State) -> Tensor:
-        """The nearest such matrix, the polar factor; of a singular matrix one of the nearest."""
+        """The nearest such matrix, the polar factor; of a singular one, on a CPU, one of them."""
         return nearest_orthogonal(value)
 
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:

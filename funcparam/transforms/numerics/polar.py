@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from funcparam.transforms.contract.base import largest, readable
+from funcparam.transforms.contract.base import largest, readable, reads_cheaply
 from funcparam.transforms.numerics.linalg import linalg
 
 # Each takes the singular values of an interval as near to 1 as an odd polynomial of degree five
@@ -63,15 +63,16 @@ def polar_factor(X: Tensor) -> Tensor:
 def nearest_orthogonal(W: Tensor) -> Tensor:
     """The polar factor of a tall or wide matrix: the nearest with orthonormal columns, or rows.
 
-    Products do not bring singular values of 0 to 1. Where that can be seen a decomposition does it,
-    to one of the matrices that are equally near.
+    Products do not bring singular values of 0 to 1. Where that is seen without waiting for a device
+    a decomposition does it, to one of the matrices that are equally near.
     """
     if W.shape[-2] < W.shape[-1]:
         return nearest_orthogonal(W.mH).mH
     frame = polar_factor(W)
     gram = frame.mH @ frame
     off = largest(gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-    if readable(off) and not off < CONVERGED and bool(W.isfinite().all()):
+    near = readable(off) and reads_cheaply(off)
+    if near and not off < CONVERGED and bool(W.isfinite().all()):
         U, _, Vh = cast("tuple[Tensor, Tensor, Tensor]", linalg.svd(W, full_matrices=False))
         return U @ Vh
     return frame
