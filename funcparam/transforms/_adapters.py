@@ -31,7 +31,7 @@ from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.norms import directions, norms
-from funcparam.transforms.numerics.orthogonal_maps import FRAMES
+from funcparam.transforms.numerics.orthogonal_maps import cayley_turn
 
 
 @final
@@ -392,12 +392,7 @@ class OFT(Transform[Tensor]):
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         base = state["base"]
-        turn = FRAMES["cayley"](raw)
-        # The inverse of a large raw is off by its condition. A Newton-Schulz step squares that;
-        # it is the identity on orthogonal matrices, and so needs no derivative.
-        frame = turn.detach()
-        turn = turn + (frame - frame @ (frame.mH @ frame)) / 2
-        turned = self._parts(base) @ turn.mT
+        turned = self._parts(base) @ cayley_turn(raw).mT
         return turned.transpose(0, 1).reshape(base.shape)
 
     def right_inverse(

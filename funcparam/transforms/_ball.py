@@ -74,7 +74,7 @@ class Ball(Transform[Tensor]):
         if self.p == 2:
             norm = norms(raw, self._dims(raw))
             return raw * torch.where(norm > r, r / torch.where(norm > r, norm, 1), 1)
-        return self._along(raw, lambda X: X.sign() * (X.abs() - _excess(X.abs(), r)).clamp_min(0))
+        return self._along(raw, lambda X: _nearest_of_the_1_norm(X, r))
 
     @full_precision
     def right_inverse(
@@ -122,12 +122,20 @@ class Ball(Transform[Tensor]):
         return function(X.movedim(self.dim, -1)).movedim(-1, self.dim)
 
 
-def _excess(size: Tensor, radius: Tensor) -> Tensor:
-    """By how much entries have to shrink for their sum to be `radius`; 0 where it is no more."""
-    if not size.numel():
-        return torch.zeros_like(size)
-    ordered = size.sort(-1, descending=True).values
+def _nearest_of_the_1_norm(X: Tensor, radius: Tensor) -> Tensor:
+    """All entries shrink by the number that makes their sum the radius, if that is exceeded.
+
+    Sizes are taken from the largest one down, which is exact where they are near to it: of large
+    entries what is left would round away.
+    """
+    if not X.numel():
+        return X
+    size = X.abs()
+    top = size.detach().amax(-1, keepdim=True)
+    below = size - top
+    ordered = below.sort(-1, descending=True).values
     k = torch.arange(1, size.shape[-1] + 1, dtype=size.dtype, device=size.device)
     shrinks = (ordered.cumsum(-1) - radius) / k
     count = (ordered > shrinks).sum(-1, keepdim=True)
-    return shrinks.gather(-1, (count - 1).clamp_min(0)).clamp_min(0)
+    shrunk = (below - shrinks.gather(-1, count - 1)).clamp_min(0)
+    return torch.where(size.sum(-1, keepdim=True) > radius, X.sign() * shrunk, X)

@@ -11,7 +11,7 @@ from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_arg
 from funcparam.transforms.contract.base import State, Transform, expect_filled, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.orthogonal_maps import FRAMES
+from funcparam.transforms.numerics.orthogonal_maps import cayley_turn
 
 
 @final
@@ -65,7 +65,7 @@ class BOFT(Transform[Mapping[str, Tensor]]):
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         base = state["base"]
-        turns = FRAMES["cayley"](raw["R"]).to(base.dtype)
+        turns = cayley_turn(raw["R"]).to(base.dtype)
         matrix = base.flatten(1)
         for i in range(self.factors):
             blocks = self._dealt(matrix, i)  # (m, n / block_size, block_size)

@@ -100,6 +100,5 @@ class DeLoRA(Transform[Mapping[str, Tensor]]):
 
 
 def _lengths(X: Tensor, dim: int) -> Tensor:
-    """The norms along a dimension, at least `_SHORT`, with second derivatives at 0."""
-    square = (X.conj() * X).real.sum(dim)
-    return torch.where(square < _SHORT**2, _SHORT**2, square).sqrt()
+    """The norms along a dimension, at least `_SHORT`."""
+    return norms(X, (dim,)).squeeze(dim).clamp_min(_SHORT)

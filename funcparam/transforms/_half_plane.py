@@ -24,7 +24,7 @@ class LeftHalfPlane(Transform[Mapping[str, Tensor]]):
     Raw is `{"log_decay": a, "frequency": omega}`, both real and of the shape of $\lambda$. The
     value is complex, or, with `pairs`, real with a last dimension of 2 for real and imaginary part,
     as in `torch.view_as_real`. Every value of negative real part is kept. In float32 `a` beyond 88
-    overflows; a real part never vanishes, but is at least the least normal number in size. The
+    overflows. No real part vanishes: it is at least the least normal number in size. The
     log-determinant is over real and imaginary parts: the sum of `a`.
 
     It starts from the value, so where a model shall start is what is written there before: see

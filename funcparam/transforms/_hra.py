@@ -13,6 +13,7 @@ from funcparam.transforms.contract.base import State, Transform, expect_filled, 
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
+from funcparam.transforms.numerics.norms import directions
 
 _EVEN = Kind("an even positive integer", (int,), lambda n: n > 0 and n % 2 == 0)
 
@@ -62,8 +63,7 @@ class HRA(Transform[Tensor]):
     def forward(self, raw: Tensor, state: State) -> Tensor:
         base = state["base"]
         W = base.flatten(1)
-        square = (raw.conj() * raw).real.sum(0)
-        U = (raw / torch.where(square == 0, 1, square).sqrt()).to(W.dtype)
+        U = directions(raw, (0,)).to(W.dtype)
         # the product in the UT form, as in numerics/orthogonal_maps.py
         gram = U.mH @ U
         S = gram.triu(1) + torch.eye(self.rank, dtype=W.dtype, device=W.device) / 2

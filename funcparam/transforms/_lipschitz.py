@@ -182,7 +182,7 @@ class AOL(Transform[Tensor]):
     @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         length, size = largest(raw), largest(self.forward(raw, state))
-        return raw * torch.where(length > 0, size / torch.where(length > 0, length, 1), 1), state
+        return raw / torch.where(length > 0, length, 1) * size, state
 
     @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:

@@ -53,7 +53,8 @@ class SpectralNorm(Transform[Tensor]):
     Args:
         dim: the dimension of outputs: 0 for Linear and Conv, 1 for ConvTranspose.
         n_power_iterations: steps that one `update` takes; None for the exact value.
-        eps: norms and sigma below it count as zero, by which nothing is divided.
+        eps: norms and sigma below it count as zero, by which nothing is divided; a vector of such
+            a norm is divided by `eps`, as in PyTorch.
 
     Raises:
         ValueError: `n_power_iterations` or `eps` is not positive; at `fp.parametrize`, if the
@@ -142,7 +143,10 @@ class SpectralNorm(Transform[Tensor]):
 
     @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
-        return self.forward(raw, state), state
+        value = self.forward(raw, state)
+        if raw.ndim == 1:  # what counts as zero is not of length 1, and would be divided again
+            value = torch.where(norms(raw, (0,)) < self.eps, raw, value)
+        return value, state
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """|largest singular value - 1|."""

@@ -59,7 +59,7 @@ class SpectralCap(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        # if the norm is no larger nothing is cut, and products would round small entries away
+        # nothing is cut if all entries have no larger norm; products would round small ones away
         kept = linalg.matrix_norm(raw.detach(), keepdim=True) <= state["cap"]
         wide = raw.shape[-2] < raw.shape[-1]
         Y = torch.where(kept, 0, raw.mH if wide else raw) / state["cap"]
@@ -67,8 +67,7 @@ class SpectralCap(Transform[Tensor]):
         Q = polar_factor(Y)
         S = Q.mH @ Y
         # 1 - s and (1 - s) / (1 + s) have one sign, and the latter is in [-1, 1] however large s is
-        inverse, _ = cast("tuple[Tensor, Tensor]", linalg.inv_ex(identity + (S + S.mH) / 2))
-        sign = polar_factor(2 * inverse - identity)
+        sign = polar_factor(2 * linalg.inv(identity + (S + S.mH) / 2) - identity)
         below = (identity + sign) / 2
         # twice, since once leaves of a large s its rounding
         W = (Q + (Y - Q) @ below @ below) * state["cap"]

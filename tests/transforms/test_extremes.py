@@ -9,11 +9,17 @@ from torch.func import grad
 
 import funcparam as fp
 from funcparam.transforms import (
+    AOL,
+    BOFT,
+    HRA,
+    OFT,
+    DeLoRA,
     DoRA,
     Invertible,
     PositiveDefinite,
     SpecialLinear,
     SpectralNorm,
+    UnitNorm,
     WeightNorm,
     WeightStandardization,
 )
@@ -68,6 +74,46 @@ def test_vectors_and_deviations_of_1e20():
     rows = torch.tensor([[1e20, 3e20], [5e20, 4e20]])
     expected = torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
     torch.testing.assert_close(WeightStandardization().forward(rows, {}), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e20, 1e30])
+def test_reflections_do_not_see_the_lengths_of_their_vectors(scale):
+    _, state = HRA(4).right_inverse(torch.randn(3, 5))
+    u = torch.randn(5, 4)
+    expected = HRA(4).forward(u, state)
+    torch.testing.assert_close(HRA(4).forward(scale * u, state), expected)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e30])
+def test_delora_does_not_see_the_lengths_of_its_factors(scale):
+    raw, state = DeLoRA(2).right_inverse(torch.randn(4, 5))
+    raw["B"] = torch.randn(4, 2)
+    expected = DeLoRA(2).forward(raw, state)
+    for key in ("A", "B"):
+        found = DeLoRA(2).forward({**raw, key: scale * raw[key]}, state)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e4])
+@pytest.mark.parametrize("transform", [BOFT(3), BOFT(5), OFT(3)], ids=str)
+def test_turned_inputs_keep_inner_products_for_any_raw(transform, size):
+    value = torch.randn(4, 15)
+    raw, state = transform.right_inverse(value)
+    if isinstance(raw, torch.Tensor):
+        raw = size * torch.randn_like(raw)
+    else:
+        raw["R"] = size * torch.randn_like(raw["R"])
+    turned = transform.forward(raw, state)
+    torch.testing.assert_close(turned @ turned.mT, value @ value.mT, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-13, 1.0, 1e30])
+@pytest.mark.parametrize("transform", [AOL(), SpectralNorm(), UnitNorm()], ids=str)
+def test_rebase_keeps_values_whatever_the_length_of_raw(transform, scale):
+    value = torch.randn(4) if isinstance(transform, SpectralNorm) else torch.randn(4, 3)
+    raw, state = value * scale, {}
+    found = transform.forward(*transform.rebase(raw, state))
+    torch.testing.assert_close(found, transform.forward(raw, state), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((4, 0), 0), ((0, 4), None), ((4, 0, 3), 0)])

@@ -1,6 +1,7 @@
 """Oracles of their own for spectra, operators, quantizers, sparsity and hyper-connections."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -267,3 +268,37 @@ def test_a_ball_is_what_a_solver_finds(p):
     V = torch.randn(500, 6, dtype=D)
     V = 1.5 * V / V.norm(p, dim=-1, keepdim=True)
     assert ((V - W) @ (X - W)).max() <= 1e-12
+
+
+def nearest_of_the_1_norm(numbers, radius):
+    """Duchi's projection in rational numbers."""
+    sizes, found = [abs(Fraction(x)) for x in numbers], Fraction(0)
+    if sum(sizes) <= radius:
+        return numbers
+    total = Fraction(0)
+    for count, size in enumerate(sorted(sizes, reverse=True), 1):
+        total += size
+        if size > (total - radius) / count:
+            found = (total - radius) / count
+    return [math.copysign(max(size - found, 0), x) for size, x in zip(sizes, numbers, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [1e10, 0.0],
+        [-1e10, 1e10],
+        [1e6, 1e6 - 0.5, -7.0],
+        [3e38, 3e38],
+        [3.0, -2.5, 0.5],
+        [0.25, -0.25],
+        [1e-30, -1e-40],
+        [0.0, 0.0],
+    ],
+    ids=str,
+)
+def test_the_ball_of_the_1_norm_is_exact_for_entries_of_any_size(numbers):
+    X = torch.tensor(numbers)
+    expected = nearest_of_the_1_norm(X.tolist(), Fraction(1))
+    found = Ball(1).forward(X, {"radius": torch.tensor(1.0)})
+    close(found, torch.tensor(expected), rtol=1e-7, atol=0)

@@ -56,6 +56,17 @@ def _cayley(X: Tensor, base: Tensor | None = None) -> Tensor:
     return base @ inverse[..., :k] - base[..., :k]
 
 
+def cayley_turn(X: Tensor) -> Tensor:
+    """The Cayley transform of a square X; in float32 orthogonal to rounding for entries up to 1e4.
+
+    The inverse of a large raw is off by its condition. A Newton-Schulz step squares that; it is the
+    identity on orthogonal matrices, and so needs no derivative.
+    """
+    turn = _cayley(X)
+    frame = turn.detach()
+    return turn + (frame - frame @ (frame.mH @ frame)) / 2
+
+
 def _householder(X: Tensor, base: Tensor | None = None) -> Tensor:
     """Minus the first columns of the product of the reflections, so that X = 0 gives I.
 
