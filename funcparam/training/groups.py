@@ -271,6 +271,20 @@ def _expect_raw_of(entries: Mapping[str, Entry], found: list[Part]) -> None:
             raise ValueError(
                 f"raw: expected different tensors; {other!r} and {part.name!r} are one"
             )
+    given = {part.name for part in found}
+    for name in (name for entry in entries.values() for name in _trained_in(entry)):
+        if name not in given:
+            raise ValueError(
+                f"raw: missing {name!r}, which would not be trained. To train a part, give its"
+                " parametrization, p.select(...)"
+            )
+
+
+def _trained_in(entry: Entry) -> Iterator[str]:
+    raw = entry.signature.raw
+    for key, spec in [("", raw)] if isinstance(raw, TensorSpec) else raw:
+        if spec.dtype.is_floating_point or spec.dtype.is_complex:
+            yield f"{entry.name}.{key}" if key else entry.name
 
 
 def _is_frozen(part: Part, entry: Entry, leaf: Leaf | None) -> bool:

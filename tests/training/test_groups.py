@@ -269,6 +269,10 @@ def test_bad_raw():
     net, p, raw, _ = network()
     with pytest.raises(ValueError, match="raw: unknown name 'conv.weigth'; the closest"):
         fp.groups({"conv.weigth": raw["conv.weight"]}, p, net)
+    message = "raw: missing 'conv.weight.direction', which would not be trained. To train a part,"
+    with pytest.raises(ValueError, match=message):
+        fp.groups({**raw, "conv.weight": {"magnitude": raw["conv.weight"]["magnitude"]}}, p, net)
+    assert not any(tensor.requires_grad for tensor in fp.named(raw).values())
     with pytest.raises(ValueError, match="'head.bias' and 'norm.bias' are one"):
         fp.groups({"head.bias": raw["head.bias"], "norm.bias": raw["head.bias"]}, p, net)
     raw["experts"] = raw["experts"].mT
