@@ -21,7 +21,7 @@ from _timing import ratio
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-TIMED = "maps", "step", "reuse", "ensemble", "maml", "binding", "evaluation", "compat"
+TIMED = "maps", "step", "reuse", "ensemble", "maml", "part", "binding", "evaluation", "compat"
 WHOLE = "memory", "compiled", "thresholds", "accuracy"
 BY_MAP = "maps", "step", "reuse", "ensemble"
 PEERS = "torch", "geotorch", "higher", "torchopt", "tensordict"
@@ -69,7 +69,11 @@ def grouped(name, figures, pairs):
         first = next(iter(figure["case"].values()))
         what = f", {first}" if isinstance(first, str) and name in BY_MAP else ""
         for other, ours in pairs:
-            if other in ("shell", "functional", "by hand") or ours in ("one by one", "by hand"):
+            if other in ("shell", "functional", "by hand") or ours in (
+                "one by one",
+                "by hand",
+                "part",
+            ):
                 continue
             if other in figure["seconds"]:
                 side = f" ({ours})" if ours in ("shell", "functional") else ""

@@ -6,6 +6,8 @@ import io
 import re
 import sys
 import types
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 # A Python block, with the text block right below it, which is what it prints.
 BLOCK = re.compile(
-    r"^```python[^\n]*\n(?P<code>.*?)^```$(?:\s*^```text\n(?P<printed>.*?)^```$)?",
+    r"^```python(?P<title>[^\n]*)\n(?P<code>.*?)^```$(?:\s*^```text\n(?P<printed>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -41,10 +43,20 @@ def test_page(page, tmp_path, monkeypatch):
         code = compile("\n" * first + block["code"], str(page), "exec")
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            exec(code, vars(main))
+            _run(code, vars(main), re.findall(r'title="pip install (.*)"', block["title"]))
         if block["printed"] is not None:
             where = f"{page.name}, the block at line {first + 1}"
             assert out.getvalue().rstrip() == block["printed"].rstrip(), where
+
+
+def _run(code, names, installed):
+    """Run a block; one that says what to install, where that is, and without its warnings."""
+    packages = " ".join(installed).split()
+    if all(map(find_spec, packages)):
+        with warnings.catch_warnings():
+            if packages:
+                warnings.simplefilter("ignore")
+            exec(code, names)
 
 
 def test_pages_are_found():
