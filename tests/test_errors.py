@@ -71,6 +71,12 @@ def a_text_file(name):
     return path
 
 
+def a_pickle(item):
+    path = Path(tempfile.mkdtemp()) / "model.pt"
+    torch.save({"w": item}, path)
+    return path
+
+
 def an_index(text):
     path = Path(tempfile.mkdtemp()) / "model.safetensors.index.json"
     path.write_text(text)

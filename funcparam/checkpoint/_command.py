@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from funcparam.checkpoint._contents import Contents
 from funcparam.checkpoint._diff import difference
 from funcparam.checkpoint._explain import explain
-from funcparam.checkpoint._files import load_telling, save
+from funcparam.checkpoint._files import load_telling, save, save_shards
 from funcparam.checkpoint._flat import tensors_and_others
 from funcparam.checkpoint._read import take
 from funcparam.checkpoint._silent import parametrization_by, transform_of
 from funcparam.checkpoint._spec import said
 from funcparam.checkpoint._write import Style, rewritten
+from funcparam.transforms.contract.signature import describe
 
 Tell = Callable[[str], None]
 
@@ -69,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         own = command(name, run, text)
         own.add_argument("file", type=Path)
         own.add_argument("out", type=Path, help="a file; of safetensors if it ends so")
+        own.add_argument(
+            "--shards",
+            type=_size,
+            metavar="SIZE",
+            help="make OUT a folder of files of safetensors of at most this size, as '4GB', with"
+            " an index",
+        )
         if name == "convert":
             own.add_argument("--to", required=True, choices=get_args(Style), help="whose keys")
         _add_rules(own)
@@ -108,27 +118,46 @@ def _fold(given: Any, tell: Tell) -> int:
 
 
 def _write(given: Any, style: Style, tell: Tell) -> int:
-    if not given.out.parent.is_dir():
-        raise FileNotFoundError(f"{str(given.out.parent)!r}: no such folder")
-    if given.out.is_dir():
-        raise IsADirectoryError(f"{str(given.out)!r}: expected a file to write; got a folder")
-    written = rewritten(_contents(given.file, given, tell), style)
+    _expect_room(given.out, given.shards is not None)
+    (found,) = _contents([given.file], given, tell)
+    written = rewritten(found, style)
     tell(f"writing {given.out}")
-    # beside it, under a name with the same ending: a file is there whole or not at all
+    # beside it, under a name with the same ending: it is there whole or not at all
     unfinished = given.out.with_name(f".unfinished-{os.getpid()}-{given.out.name}")
     try:
-        save(written, unfinished)
+        if given.shards is None:
+            save(written, unfinished)
+        else:
+            unfinished.mkdir()
+            save_shards(written, unfinished, given.shards)
         unfinished.replace(given.out)
     finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
     tell("")
     return 0
 
 
+def _expect_room(out: Path, in_shards: bool) -> None:  # noqa: FBT001
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{str(out.parent)!r}: no such folder")
+    if in_shards and out.exists():
+        raise FileExistsError(f"{str(out)!r}: expected a folder to make; it is there already")
+    if not in_shards and out.is_dir():
+        raise IsADirectoryError(f"{str(out)!r}: expected a file to write; got a folder")
+
+
+def _size(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d*)?) *(?:([KMGT]?)B)?", text, re.IGNORECASE)
+    size = float(found[1]) * 1000 ** " KMGT".index((found[2] or " ").upper()) if found else 0.0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size, as '500MB' or '4GB'; got {text!r}")
+    return size
+
+
 def _diff(given: Any, tell: Tell) -> int:
-    first, second = (
-        rewritten(_contents(path, given, tell), "plain") for path in (given.file, given.other)
-    )
+    both = _contents([given.file, given.other], given, tell)
+    first, second = (rewritten(contents, "plain") for contents in both)
     found = difference(first, second, tolerance=given.tolerance)
     tell("")
     if found.rows:
@@ -136,16 +165,22 @@ def _diff(given: Any, tell: Tell) -> int:
     return int(bool(found.rows))
 
 
-def _contents(path: Path, given: Any, tell: Tell) -> Contents:
-    """What a file holds, by the transforms that it says, or by its keys and the rules."""
+def _contents(paths: Sequence[Path], given: Any, tell: Tell) -> list[Contents]:
+    """What files hold, by the transforms that they say, or by their keys and the rules."""
     rules = [(selector, transform_of(call)) for selector, call in given.rule]
-    file = _entry_of(path, given, tell)
-    try:
-        if said(file):
-            return take(file)
-        return take(file, parametrization_by(tensors_and_others(file)[0], rules))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{str(path)!r}: {error}") from error
+    files = [_entry_of(path, given, tell) for path in paths]
+    found: list[Contents] = []
+    used = False
+    for path, file in zip(paths, files, strict=True):
+        try:
+            own = None if said(file) else parametrization_by(tensors_and_others(file)[0], rules)
+            used |= own is not None
+            found.append(take(file, own))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{str(path)!r}: {error}") from error
+    if rules and not used:
+        raise ValueError(f"{str(paths[0])!r} says its transforms itself: leave --rule out")
+    return found
 
 
 def _entry_of(path: Path, given: Any, tell: Tell) -> Any:
@@ -154,6 +189,9 @@ def _entry_of(path: Path, given: Any, tell: Tell) -> Any:
         return file
     if given.entry not in file:
         raise ValueError(f"{str(path)!r}: no entry {given.entry!r}; got {list(file)[:8]}")
+    if not isinstance(file[given.entry], Mapping):
+        got = describe(file[given.entry])
+        raise TypeError(f"{str(path)!r}: expected a dict of tensors in {given.entry!r}; got {got}")
     return file[given.entry]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funcparam.checkpoint._flat import flat, metadata_of
-from funcparam.checkpoint._shards import files_of
+from funcparam.checkpoint._shards import files_of, split, write_index
 from funcparam.checkpoint._spec import in_header, of_header
 from funcparam.transforms.contract.signature import describe
 
@@ -89,8 +91,7 @@ def load(path: PathLike, *, device: str | torch.device = "cpu") -> dict[str, Any
         The tensors, with what the file says of itself.
 
     Raises:
-        pickle.UnpicklingError: the file holds more than tensors and plain containers; PyTorch's
-            message says what.
+        pickle.UnpicklingError: the file holds more than tensors and plain containers.
         ValueError: the file is broken, or of another kind.
         OSError: there is no such file, or it cannot be read.
         ImportError: safetensors is not installed.
@@ -121,6 +122,22 @@ def load_telling(
     return found
 
 
+def save_shards(tensors: Mapping[str, Any], folder: Path, size: float) -> None:
+    """Save files of at most `size` bytes each, or of one tensor, and their index."""
+    given, alike = flat(tensors), dict[Any, list[str]]()
+    for key, item in given.items():
+        alike.setdefault(_identity(item), []).append(key)
+    sizes = {keys[0]: given[keys[0]].nbytes for keys in alike.values()}
+    parts = split([(keys, sizes[keys[0]]) for keys in alike.values()], size)
+    names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    for name, keys in zip(names, parts, strict=True):
+        part = OrderedDict((key, given[key]) for key in keys)
+        if name == names[0]:  # for all
+            cast("Any", part)._metadata = joined(metadata_of(tensors))
+        save(part, folder / name)
+    write_index(folder, dict(zip(names, parts, strict=True)), sum(sizes.values()))
+
+
 def joined(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What nested state_dicts say of themselves, by the path of each module in all."""
     return {
@@ -136,13 +153,25 @@ def _load(path: Path, device: str | torch.device, tell: Callable[[str], None]) -
         if _is_safetensors(path):
             return _load_safetensors(path, device, tell)
         return cast("dict[str, Any]", torch.load(path, map_location=device, weights_only=True))
-    except (OSError, ImportError, pickle.UnpicklingError):
-        raise
+    except pickle.UnpicklingError as error:  # PyTorch's advice is to run code from the file
+        raise pickle.UnpicklingError(
+            f"{os.fspath(path)!r}: expected tensors and plain containers alone, which need no code"
+            f" from the file to be run; reading it gave {_reason(error)}"
+        ) from error
     except Exception as error:  # what a broken file can lead to is long, and has no common type
+        is_seek = getattr(error, "errno", None) == errno.EINVAL  # in a file that was cut off
+        if isinstance(error, (OSError, ImportError)) and not is_seek:
+            raise
         raise ValueError(
             f"{os.fspath(path)!r}: expected a file that checkpoint.save, torch.save or safetensors"
             f" wrote; reading it gave {type(error).__name__}: {error}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch's reader of plain files met, without what it advises."""
+    found = re.search(r"WeightsUnpickler error:\s*(.*?)(?:\. |\n|$)", str(error), re.DOTALL)
+    return found[1] if found else str(error).splitlines()[0]
 
 
 def _load_safetensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,27 @@ def files_of(path: Path) -> tuple[list[Path], dict[str, str]]:
             " tensor to that of a file beside the index"
         ) from error
     return [path.parent / name for name in names], places
+
+
+def split(groups: Sequence[tuple[Sequence[str], int]], size: float) -> list[list[str]]:
+    """Names in parts of at most `size` bytes, in order; the names of a group stay together."""
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for names, own in groups:
+        if parts[-1] and filled + own > size:
+            parts.append([])
+            filled = 0
+        parts[-1] += names
+        filled += own
+    return parts
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[str]], size: int) -> None:
+    """Write which tensors are in which file, for all who load models in several."""
+    places = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _only_one(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcparam.checkpoint._explain import stored_in
-from funcparam.checkpoint._keys import Stored
+from funcparam.checkpoint._keys import Stored, heads_of, splits
 from funcparam.checkpoint._spec import class_called
 from funcparam.checkpoint._wrappers import unwrapped
 from funcparam.parametrization.boundary import Entry
@@ -32,7 +32,7 @@ def parametrization_by(tensors: Mapping[str, Any], rules: Rules = ()) -> Paramet
     keys = unwrapped(list(tensors))
     entries: list[Entry] = []
     used: set[str] = set()
-    for item in stored_in(keys):
+    for item in stored_in(keys, _names(keys, [selector for selector, _ in rules])):
         parts = {part: tensors[keys[key]] for part, key in item.keys}
         if not all(isinstance(part, Tensor) for part in parts.values()):
             continue
@@ -46,6 +46,19 @@ def parametrization_by(tensors: Mapping[str, Any], rules: Rules = ()) -> Paramet
         if selector not in used:
             raise ValueError(f"rule {selector!r} matches no tensor that is stored in parts")
     return Parametrization(tuple(entries), None)
+
+
+def _names(keys: Collection[str], selectors: Sequence[str]) -> set[str]:
+    """The names of which funcparam's own keys hold parts, as far as a rule picks one."""
+    heads = heads_of(keys)
+    found: set[str] = set()
+    for key in keys:
+        for head, word, rest in splits(key):
+            if head in heads and word in ("raw", "state"):
+                names = [head + rest, *(head + rest[:i] for i, c in enumerate(rest) if c == ".")]
+                picked = [n for n in names if any(fnmatchcase(n, s) for s in selectors)]
+                found.update(picked[-1:])
+    return found
 
 
 def transform_of(text: str) -> AnyTransform:

@@ -149,6 +149,50 @@ def test_files_that_do_not_say_it(here, capsys):
     torch.testing.assert_close(checkpoint.load("c.pt")["weight"], new.weight.detach())
 
 
+def test_rules_that_nothing_would_look_at_are_an_error(here, capsys):
+    saved("model.pt")
+    rule = ["--rule", "0.weight", "WeightNorm()"]
+    assert main(["fold", "model.pt", "plain.pt", *rule]) == 2
+    one_line(capsys, "'model.pt' says its transforms itself: leave --rule out")
+    assert main(["diff", "model.pt", "model.pt", *rule]) == 2
+    assert sorted(os.listdir()) == ["model.pt"]
+
+
+def test_own_keys_that_do_not_say_it(here):
+    plain = saved("model.pt")
+    torch.save(dict(checkpoint.load("model.pt")), "silent.pt")  # as gathered from shards, too
+    rules = ["--rule", "0.weight", "Orthogonal()", "--rule", "2.*", "WeightNorm()"]
+    assert main(["fold", "silent.pt", "plain.pt", *rules]) == 0
+    for name, tensor in checkpoint.load("plain.pt").items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name])
+    assert main(["diff", "model.pt", "silent.pt", *rules]) == 0  # for the one that needs them
+
+
+@pytest.mark.parametrize("size", ["200", "0.1KB", "1GB"])
+def test_large_files_in_shards(here, size, capsys):
+    saved("model.pt")
+    assert main(["convert", "model.pt", "out", "--to", "funcparam", "--shards", size]) == 0
+    files = sorted(os.listdir("out"))
+    assert files[-1] == "model.safetensors.index.json"
+    assert (len(files) > 2) == (size != "1GB")
+    assert main(["diff", "model.pt", "out"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert checkpoint.parametrization(checkpoint.load("out")) == network()[1]
+    assert main(["fold", "out", "plain", "--shards", size]) == 0
+    assert main(["diff", "plain", "out"]) == 0
+    assert main(["fold", "out", "plain", "--shards", size]) == 2
+    one_line(capsys, "'plain': expected a folder to make; it is there already")
+    assert sorted(os.listdir()) == ["model.pt", "out", "plain"]
+
+
+def test_a_size_of_shards_is_a_size(here, capsys):
+    for size in ("0", "-1", "many", "nan", "1XB"):
+        with pytest.raises(SystemExit) as left:
+            main(["fold", "model.pt", "out", f"--shards={size}"])
+        assert left.value.code == 2
+        assert f"expected a size, as '500MB' or '4GB'; got {size!r}" in capsys.readouterr().err
+
+
 def test_the_entry_of_a_training_checkpoint(here, capsys):
     torch.save({"critic": {"weight": torch.ones(1)}, "epoch": 3}, "a.pt")
     assert main(["fold", "a.pt", "b.pt"]) == 2
@@ -167,11 +211,16 @@ def test_errors_are_one_line_and_write_nothing(here, capsys):
         ("fold", "model.pt", "nowhere/new.pt"): "'nowhere': no such folder",
         ("fold", "model.pt", "."): "'.': expected a file to write; got a folder",
         ("fold", "broken.pt", "new.pt"): "'broken.pt': expected a file that checkpoint.save",
-        ("fold", "bomb.pt", "new.pt"): "weights_only",
+        ("fold", "bomb.pt", "new.pt"): "'bomb.pt': expected tensors and plain containers alone",
+        ("explain", "cut.pt"): "'cut.pt': expected",
+        ("explain", "short.pt"): "'short.pt': expected",
+        ("explain", "model.pt", "--entry", "net.0.bias"): "'model.pt': expected a dict of tensors",
         ("fold", "model.pt", "new.pt", "--rule", "w", "print()"): "'print' is no transform",
         ("explain", "."): "expected one checkpoint",
     }
     (here / "broken.pt").write_bytes((here / "model.pt").read_bytes()[:500])
+    (here / "cut.pt").write_bytes((here / "model.pt").read_bytes()[:-1])
+    (here / "short.pt").write_bytes(b"P")
     torch.save({"w": Bomb(str(here / "boom"))}, "bomb.pt")
     before = sorted(os.listdir())
     for arguments, text in cases.items():
