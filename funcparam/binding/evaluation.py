@@ -110,9 +110,9 @@ class Evaluation:
 
 
 def _later(p: Parametrization[dict[str, Tensor]], parameters: Set[str]) -> list[Entry]:
-    """The parameters that are worth it: large ones, which no stack takes."""
+    """The parameters that are worth it: large ones, which no stack takes on any device so far."""
     groups = p._plan.groups  # pyright: ignore[reportPrivateUsage]
-    alone = {name for group in groups if group.obstacle for name in group.names} & parameters
+    alone = {name for group in groups if group.obstacle("cpu") for name in group.names} & parameters
     alone -= p._plan.connected  # pyright: ignore[reportPrivateUsage]
     return [e for e in p.entries if e.name in alone and _bytes(e) >= SMALLEST]
 

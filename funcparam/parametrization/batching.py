@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import inf, prod
 from typing import Any, TypeAlias, cast, final
 
 import torch
@@ -21,6 +21,8 @@ Stack: TypeAlias = "tuple[Any, State]"
 _PLAIN = (nn.Parameter, Tensor)
 
 _unsafe_split = cast("Any", torch.unsafe_split)
+
+_KINDS = ("cpu", "cuda")  # for which it is worked out once and not at each call
 
 TRACED_UP_TO = 64 * 64
 """Entries up to which a trace stacks whatever is stacked at all. A compiler takes its time for each
@@ -39,23 +41,26 @@ class Group:
         """The leaves."""
         return tuple(entry.name for entry in self.entries)
 
-    @property
-    def obstacle(self) -> str:
-        """Why the leaves are evaluated one by one; empty if they are stacked."""
-        fewest, largest = self.transform.stacks_from, self.transform.stacks_up_to
-        if largest == 0:
+    def obstacle(self, kind: str) -> str:
+        """Why the leaves are evaluated one by one on a kind of device; empty if in a stack."""
+        stacks = self.transform.stacks(kind)
+        if stacks is None:
             return "no gain measured"
+        fewest, largest = stacks
         if len(self.entries) < fewest:
             return f"fewer than {fewest}"
         if self._size > largest:
             return f"{self._size} entries, no gain above {largest}"
         return ""
 
-    @property
-    def is_stacked_in_traces(self) -> bool:
+    def is_stacked(self, kind: str) -> bool:
+        """Whether the leaves are evaluated in one call."""
+        return not self.obstacle(kind)
+
+    def is_stacked_in_traces(self, kind: str) -> bool:
         """Whether a compiler sees the leaves in a stack."""
-        enough = self.transform.stacks_up_to > 0 and len(self.entries) >= self.transform.stacks_from
-        return not self.obstacle or (enough and self._size <= TRACED_UP_TO)
+        fewest, largest = self.transform.stacks(kind) or (inf, 0)
+        return len(self.entries) >= fewest and self._size <= max(largest, TRACED_UP_TO)
 
     @property
     def _size(self) -> int:
@@ -64,12 +69,13 @@ class Group:
 
 Stacks: TypeAlias = "list[tuple[AnyTransform, tuple[str, ...]]]"
 Single: TypeAlias = "list[tuple[AnyTransform, str]]"
+Parts: TypeAlias = "tuple[Stacks, Single]"
+"""The leaves that are mapped in stacks, and those that are mapped one by one."""
 
 
-def _parts(groups: Sequence[Group], is_stacked: Callable[[Group], bool]) -> tuple[Stacks, Single]:
-    """The leaves that are mapped in stacks, and those that are mapped one by one."""
-    stacks = [group for group in groups if is_stacked(group)]
-    single = [group for group in groups if not is_stacked(group)]
+def _parted(groups: Sequence[Group], kind: str, is_stacked: Callable[[Group, str], bool]) -> Parts:
+    stacks = [group for group in groups if is_stacked(group, kind)]
+    single = [group for group in groups if not is_stacked(group, kind)]
     return (
         [(group.transform, group.names) for group in stacks],
         [(group.transform, name) for group in single for name in group.names],
@@ -88,16 +94,25 @@ class Plan:
             Group(cast("AnyTransform", entries[0].transform), tuple(entries))
             for entries in alike.values()
         )
-        self._eager = _parts(self.groups, lambda group: not group.obstacle)
-        self._traced = _parts(self.groups, lambda group: group.is_stacked_in_traces)
+        self._first = self.groups[0].names[0] if self.groups else None
+        self._by_kind = {kind: self._both(kind) for kind in _KINDS}
 
-    def _parts(self) -> tuple[Stacks, Single]:
-        return self._traced if torch.compiler.is_compiling() else self._eager
+    def _both(self, kind: str) -> tuple[Parts, Parts]:
+        """The leaves as a kind of device maps them, and as a compiler for it does."""
+        return (
+            _parted(self.groups, kind, Group.is_stacked),
+            _parted(self.groups, kind, Group.is_stacked_in_traces),
+        )
+
+    def _parts(self, raw: RawTree) -> Parts:
+        kind = "cpu" if self._first is None else _kind(raw[self._first])
+        both = self._by_kind.get(kind) or self._both(kind)
+        return both[torch.compiler.is_compiling()]
 
     def evaluate(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
         """Map raw to values; what no transform has passes through."""
         values: dict[str, Any] = dict(raw)
-        stacks, single = self._parts()
+        stacks, single = self._parts(raw)
         for transform, names in stacks:
             found, _ = _evaluate(transform, names, raw, state)
             values.update(zip(names, found, strict=True))
@@ -109,7 +124,7 @@ class Plan:
         """Update the state without gradients, and evaluate with the new one."""
         values: dict[str, Any] = dict(raw)
         new = dict(state)
-        stacks, single = self._parts()
+        stacks, single = self._parts(raw)
         for transform, names in stacks:
             found, own = _evaluate(transform, names, raw, state, advance=True)
             values.update(zip(names, found, strict=True))
@@ -124,7 +139,7 @@ class Plan:
     def update(self, raw: RawTree, state: StateTree) -> dict[str, State]:
         """Advance what evolves, without gradients."""
         new = dict(state)
-        stacks, single = self._parts()
+        stacks, single = self._parts(raw)
         for transform, names in stacks:
             if _evolves(transform):
                 own, _ = _advanced(transform, *_gathered(names, raw, state))
@@ -193,6 +208,12 @@ def _gathered(
     raws, states = [raw[name] for name in names], [state.get(name, {}) for name in names]
     whole, own = _stack(raws), _stack(states)
     return raws, states, None if whole is None or own is None else (whole, own)
+
+
+def _kind(raw: Any) -> str:
+    """The kind of device that raw is on; nothing, where it has no tensors, is on any."""
+    tensor = raw if isinstance(raw, Tensor) else next(iter(raw.values()), None)
+    return "cpu" if tensor is None else tensor.device.type
 
 
 def _evolves(transform: AnyTransform) -> bool:

@@ -14,6 +14,7 @@ from funcparam.parametrization.boundary import Entry, RawTree, StateTree
 from funcparam.parametrization.table import Table
 from funcparam.transforms.contract.base import AnyTransform, Transform
 from funcparam.transforms.contract.signature import NamedSpecs, TensorSpec
+from funcparam.transforms.contract.stacks import MEASURED
 
 Leaves: TypeAlias = "Iterable[Tensor | Mapping[str, Tensor]]"
 
@@ -62,19 +63,20 @@ def summary(
     return Table(head, tuple(rows), right=(3, 4, 5))
 
 
-def groups(found: Sequence[Group]) -> Table:
-    """Which leaves are evaluated in one call, and why the others are not."""
+def groups(found: Sequence[Group], kind: str) -> Table:
+    """Which leaves a kind of device evaluates in one call, and why not the others."""
     rows = [
         (
             spelt(group.transform),
             str(group.entries[0].signature.value),
             str(len(group.entries)),
-            f"one by one: {group.obstacle}" if group.obstacle else "in one call",
+            f"one by one: {obstacle}" if (obstacle := group.obstacle(kind)) else "in one call",
             _name(group.entries[0]) + (", …" if len(group.entries) > 1 else ""),
         )
         for group in found
     ]
-    head = ("transform", "value", "leaves", "evaluated", "names")
+    on = f"on {kind}" if kind in MEASURED else f"on {kind}, not measured"
+    head = ("transform", "value", "leaves", on, "names")
     return Table(head, tuple(rows), right=(2,))
 
 

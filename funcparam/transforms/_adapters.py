@@ -73,9 +73,6 @@ class DoRA(Transform[Mapping[str, Tensor]]):
     roles: ClassVar[Mapping[str, Role]] = {"A": "factor", "B": "factor", "magnitude": "magnitude"}
 
     is_adapter: ClassVar[bool] = True
-    stacks_up_to: ClassVar[int] = 64 * 64
-    stacks_from: ClassVar[int] = 8
-
     rank: int
     alpha: float | None = None
 

@@ -65,8 +65,6 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
 
     roles: ClassVar[Mapping[str, Role]] = {"U": "relative", "V": "relative", "S": "coordinates"}
 
-    stacks_up_to: ClassVar[int] = 128 * 128
-
     lam: float
 
     def __post_init__(self) -> None:

@@ -63,8 +63,6 @@ class FixedRank(Transform[Mapping[str, Tensor]]):
 
     roles: ClassVar[Mapping[str, Role]] = {"U": "relative", "V": "relative", "S": "coordinates"}
 
-    stacks_up_to: ClassVar[int] = 256 * 256
-
     rank: int
 
     def __post_init__(self) -> None:

@@ -66,8 +66,6 @@ class Invertible(Transform[Tensor]):
 
     roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
 
-    stacks_up_to: ClassVar[int] = 128 * 128
-
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         log_diagonal = raw.diagonal(dim1=-2, dim2=-1).real.asinh()
@@ -183,8 +181,6 @@ class SpecialLinear(Transform[Tensor]):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
-
-    stacks_up_to: ClassVar[int] = 128 * 128
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:

@@ -51,8 +51,6 @@ class Isospectral(Transform[Mapping[str, Tensor]]):
 
     roles: ClassVar[Mapping[str, Role]] = {"U": "relative", "V": "relative"}
 
-    stacks_up_to: ClassVar[int] = 128 * 128
-
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         return between_frames(raw, state["s"], state)

@@ -53,9 +53,6 @@ class WeightNorm(Transform[Mapping[str, Tensor]]):
 
     roles: ClassVar[Mapping[str, Role]] = {"magnitude": "magnitude", "direction": "direction"}
 
-    stacks_up_to: ClassVar[int] = 32 * 32
-    stacks_from: ClassVar[int] = 16
-
     dim: int | None = 0
 
     def __post_init__(self) -> None:

@@ -98,8 +98,6 @@ class Orthogonal(Transform[Tensor]):
     and Bowie, SIAM J. Numer. Anal. 8 (1971) (Newton-Schulz).
     """
 
-    stacks_up_to: ClassVar[int] = 64 * 64
-
     map: Literal["matrix_exp", "cayley", "householder", "qr", "newton_schulz"] = "matrix_exp"
     trivialize: bool = True
 
@@ -230,8 +228,6 @@ class SpecialOrthogonal(Transform[Tensor]):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
-
-    stacks_up_to: ClassVar[int] = 64 * 64
 
     map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
 

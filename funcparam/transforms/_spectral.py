@@ -73,8 +73,6 @@ class SpectralNorm(Transform[Tensor]):
 
     roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
-    stacks_up_to: ClassVar[int] = 64 * 64
-
     dim: int = 0
     n_power_iterations: int | None = 1
     eps: float = 1e-12

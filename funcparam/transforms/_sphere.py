@@ -54,9 +54,6 @@ class UnitNorm(Transform[Tensor]):
 
     roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
-    stacks_up_to: ClassVar[int] = 64 * 64
-    stacks_from: ClassVar[int] = 8
-
     dim: int | tuple[int, ...] | None = -1
     radius: float | None = 1.0
 

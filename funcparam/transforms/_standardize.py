@@ -52,9 +52,6 @@ class WeightStandardization(Transform[Tensor]):
 
     roles: ClassVar[Mapping[str, Role]] = {"": "direction"}
 
-    stacks_up_to: ClassVar[int] = 64 * 64
-    stacks_from: ClassVar[int] = 8
-
     dim: int = 0
     eps: float = 1e-5
 

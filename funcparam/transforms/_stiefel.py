@@ -57,8 +57,6 @@ class Stiefel(Transform[Tensor]):
 
     roles: ClassVar[Mapping[str, Role]] = {"": "relative"}
 
-    stacks_up_to: ClassVar[int] = 64 * 64
-
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         if _is_wide(raw):

@@ -6,6 +6,7 @@ from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcparam as fp
 from funcparam.transforms import (
@@ -53,7 +54,7 @@ def moved(raw):
 def case(request):
     """A parametrization of as many equal layers as a stack takes and another one."""
     torch.manual_seed(0)
-    count = request.param.stacks_from
+    count = request.param.stacks("cpu")[0]
     layers = [nn.Linear(4, 5) for _ in range(count)] + [nn.Linear(4, 2)]
     net = nn.ModuleList(layers).double()
     p = fp.parametrize(net, {"*.weight": request.param})
@@ -72,7 +73,7 @@ def energy(values):
 
 def test_as_many_as_pay_are_stacked(case):
     p, _, _ = case
-    count = p["0.weight"].stacks_from
+    count = p["0.weight"].stacks("cpu")[0]
     table = str(p.plan()).splitlines()
     assert len(table) == 4
     assert f"{count}  in one call" in table[2]
@@ -131,7 +132,7 @@ def test_compiled_whole(case):
 
 
 def test_a_trace_has_the_operations_of_leaves_up_to_64_by_64_once():
-    count = WeightNorm.stacks_from
+    count = WeightNorm().stacks("cpu")[0]
     for size, times in ((64, 1), (65, count)):
         net = nn.ModuleList(nn.Linear(size, size) for _ in range(count))
         p = fp.parametrize(net, {"*.weight": WeightNorm()})
@@ -163,7 +164,8 @@ def test_networks_may_write_to_the_values_of_a_stack(compiled):
 class SavesItsValue(fp.Transform):
     """exp(v), whose backward needs the value itself."""
 
-    stacks_up_to = 64
+    def stacks(self, kind):
+        return 4, 64
 
     def forward(self, raw, state):
         return raw.exp()
@@ -225,7 +227,7 @@ def test_advance_carries_no_gradients_in_the_state(case):
 
 def stack_of(transform, shape=(4, 4), **kwargs):
     torch.manual_seed(0)
-    values = {f"w{i}": torch.randn(shape, **kwargs) for i in range(transform.stacks_from)}
+    values = {f"w{i}": torch.randn(shape, **kwargs) for i in range(transform.stacks("cpu")[0])}
     p = fp.parametrize(values, {"*": transform})
     raw, state = p.init(values)
     return p, raw, state
@@ -334,6 +336,41 @@ def test_what_is_not_stacked_and_why():
     assert "one by one: 90000 entries, no gain above 4096" in table
     assert "one by one: no gain measured" in table
     assert str(fp.parametrize(net, {}).plan()).splitlines()[0].startswith("transform")
+
+
+def test_a_plan_is_for_a_kind_of_device():
+    net = nn.ModuleList(nn.Linear(99, 99) for _ in range(4))
+    p = fp.parametrize(net, {"*.weight": Orthogonal(), "*.bias": Interval(-1, 1)})
+    near, far = str(p.plan()), str(p.plan(torch.device("cuda", 1)))
+    assert "on cpu  " in near
+    assert "on cuda, not measured" in far
+    assert "one by one: 9801 entries, no gain above 4096" in near
+    assert "in one call" in far
+    assert "one by one: no gain measured" in near
+    assert "one by one: no gain measured" in far
+    assert str(p.plan("mps")).replace("mps", "cuda").split() == far.split()
+
+
+def test_leaves_are_mapped_by_the_plan_of_their_device():
+    """On the meta device, which was not measured: larger leaves are stacked there."""
+    net = nn.ModuleList(nn.Linear(99, 99) for _ in range(4))
+    p = fp.parametrize(net, {"*.weight": SpectralNorm()})
+    raw, state = p.init(net)
+    calls = []
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    def reciprocals(device):
+        calls.clear()
+        there = torch.utils._pytree.tree_map(lambda t: t.to(device), (raw, state))
+        with Counts():
+            p(*there)
+        return calls.count("reciprocal")
+
+    assert (reciprocals("cpu"), reciprocals("meta")) == (4, 1)
 
 
 def test_different_settings_are_different_groups():

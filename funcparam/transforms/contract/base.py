@@ -10,6 +10,7 @@ from torch import Tensor
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.contract.solve import tangent_part
+from funcparam.transforms.contract.stacks import Stacks, measured
 
 Raw: TypeAlias = "Tensor | Mapping[str, Tensor]"
 """What is trained in place of a value: one tensor, or named tensors."""
@@ -71,13 +72,6 @@ class Transform(ABC, Generic[R]):
     """Whether each entry of the value is a function of the entry of raw at its place, whose
     derivative [`log_derivative`][..log_derivative] has."""
 
-    stacks_up_to: ClassVar[int] = 0
-    """Entries of a value up to which equal leaves were measured to be evaluated faster as one stack
-    than one by one, forward and backward."""
-
-    stacks_from: ClassVar[int] = 4
-    """Leaves from which on they are: a stack has to be made and taken apart."""
-
     roles: ClassVar[Mapping[str, Role]] = {}
     """What each raw tensor is to an optimizer, by its key in raw, which is `""` where raw is one
     tensor; what is not named is a `"weight"`. [`role`][..role] says it where it depends on more."""
@@ -96,6 +90,15 @@ class Transform(ABC, Generic[R]):
         The default is `torch.func.vmap` of [`forward`][..forward].
         """
         return torch.func.vmap(self.forward)(raw, dict(state))
+
+    def stacks(self, kind: str) -> Stacks | None:
+        """Say where one stack of equal leaves is faster than each by itself, forward and backward.
+
+        From how many leaves on, and up to how many entries of a value, on a kind of device
+        (`"cpu"`, `"cuda"`); None where a stack gains nothing. The default is what was measured, and
+        for transforms outside of the library None.
+        """
+        return measured(type(self).__name__, kind)
 
     @abstractmethod
     def right_inverse(
