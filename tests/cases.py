@@ -465,12 +465,12 @@ def _lsq(q: int, shared: int | None) -> Callable[[Any, Mapping[str, Tensor]], Te
     return apply
 
 
-def _within(top: float) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+def _within(end: float) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
     """The identity inside of the range, constant outside."""
 
     def apply(x: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        end = top * state["scale"].reshape(-1, *[1] * (x.ndim - 1))
-        return torch.maximum(torch.minimum(x, end), -end).reshape(x.shape)
+        last = end * state["scale"].reshape(-1, *[1] * (x.ndim - 1))
+        return torch.maximum(torch.minimum(x, last), -last).reshape(x.shape)
 
     return apply
 
@@ -966,11 +966,11 @@ CASES = [
     ),
     *(
         Case(
-            FakeQuantizeFloat(format), ((3, 4), (5,)), levels, levels, straight_through=_within(top)
+            FakeQuantizeFloat(format), ((3, 4), (5,)), levels, levels, straight_through=_within(end)
         )
-        for format, top, levels in (
-            ("float8_e4m3fn", 448, _as_float(torch.float8_e4m3fn, 448)),
-            ("float8_e5m2", 57344, _as_float(torch.float8_e5m2, 57344)),
+        for format, end, levels in (
+            ("float8_e4m3fn", 512, _as_float(torch.float8_e4m3fn, 448)),
+            ("float8_e5m2", 65536, _as_float(torch.float8_e5m2, 57344)),
         )
     ),
     Case(
@@ -978,7 +978,7 @@ CASES = [
         ((3, 4), (2, 2, 8)),
         _in_groups(_mxfp4, 4),
         _in_groups(_mxfp4, 4),
-        straight_through=lambda x, s: _within(6)(x.reshape(-1, 4), s).reshape(x.shape),
+        straight_through=lambda x, s: _within(8)(x.reshape(-1, 4), s).reshape(x.shape),
     ),
     *(
         Case(

@@ -49,7 +49,9 @@ class FakeQuantizeFloat(Transform[Tensor]):
     with `group_size` one for each group, `(..., n / group_size)`. Real dtypes. Init takes it from
     the largest |entry| that shares it: `amax / t`, or with `power_of_two` the power of 2 that takes
     `amax` into the last octave of the format. A value on such a grid is kept; any other is rounded
-    to its own. The derivative is straight through: 1 inside of the range and 0 outside.
+    to its own. `update` takes it from raw, so that a range that grows in training is not clipped.
+    The derivative is straight through: 1 to the end of the format's last octave, so that the
+    largest entry may grow, and 0 beyond.
 
     `FakeQuantizeFloat("float4_e2m1fn", group_size=32, power_of_two=True)` is MXFP4.
 
@@ -94,7 +96,7 @@ class FakeQuantizeFloat(Transform[Tensor]):
         top = _FORMATS[self.format].top
         steps = X / scale
         rounded = straight_through(self._rounded(steps.detach().clamp(-top, top)), steps)
-        inside = steps.abs() <= top
+        inside = steps.abs() < 2.0 ** (floor(log2(top)) + 1)
         return (scale * torch.where(inside, rounded, rounded.detach())).reshape(raw.shape)
 
     @full_precision
@@ -110,6 +112,12 @@ class FakeQuantizeFloat(Transform[Tensor]):
         else:
             scale = most / top
         return value, {"scale": torch.where(most / top >= least, scale, 1)}
+
+    def update(self, raw: Tensor, state: State) -> State:
+        return self.right_inverse(raw.to(state["scale"].dtype))[1]
+
+    def refresh(self, raw: Tensor, state: State) -> State:
+        return self.update(raw, state)
 
     def project(self, value: Tensor, state: State) -> Tensor:
         return self.forward(value, state)

@@ -137,6 +137,9 @@ class FakeQuantize(Transform[Tensor]):
     is kept; any other is rounded to its own. On `"full"` only zeros are: any other value gets a new
     scale.
 
+    `update` takes them from the range of raw, so that a range that grows in training is not
+    clipped; a scale of one's own stays where nothing updates. In a chain, from what comes before.
+
     The derivative is straight through: round counts as the identity. So it is 1 with respect to
     raw inside the range and 0 outside, as `torch.fake_quantize_per_tensor_affine` has it. With
     respect to the scale it is that of learned step size quantization; the scale is state, though,
@@ -212,6 +215,12 @@ class FakeQuantize(Transform[Tensor]):
         affine = self.scheme == "affine"
         zero_point = -(ends[0] / scale).round() if affine else torch.zeros_like(scale)
         return value, {"scale": scale, "zero_point": zero_point}
+
+    def update(self, raw: Tensor, state: State) -> State:
+        return self.right_inverse(raw.to(state["scale"].dtype))[1]
+
+    def refresh(self, raw: Tensor, state: State) -> State:
+        return self.update(raw, state)
 
     def project(self, value: Tensor, state: State) -> Tensor:
         return self.forward(value, state)

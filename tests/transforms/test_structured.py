@@ -20,6 +20,7 @@ from funcparam.transforms import (
     DoRA,
     DoublyStochastic,
     FakeQuantize,
+    FakeQuantizeFloat,
     Identity,
     Kronecker,
     LInfLipschitz,
@@ -389,6 +390,29 @@ def test_violation_of_a_grid_is_the_distance_from_it():
     assert transform.violation(value, state) == 0
     assert transform.violation(torch.tensor([0.25, 3.0]), state) == 2
     close(Ternary().violation(torch.tensor([0.0, -2.0, 4.0]), {}), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        FakeQuantize(),
+        FakeQuantize(4, "affine", dim=0),
+        FakeQuantize(4, group_size=2),
+        FakeQuantizeFloat("float8_e4m3fn"),
+        FakeQuantizeFloat("float4_e2m1fn", group_size=2, power_of_two=True),
+    ],
+    ids=str,
+)
+def test_the_range_follows_raw_in_training(transform):
+    target, raw = randn(3, 4), 0.01 * randn(3, 4)
+    state = transform.right_inverse(raw)[1]
+    for _ in range(300):
+        state = transform.update(raw, state)
+        gradient = grad(lambda X, s: (transform.forward(X, s) - target).square().sum())(raw, state)
+        raw = raw - 0.1 * gradient
+    nearest = transform.project(target, transform.right_inverse(target)[1])
+    error = (transform.forward(raw, state) - target).abs().max()
+    assert error <= 3 * (nearest - target).abs().max() + 1e-2  # it goes to and fro between levels
 
 
 # plumbing
