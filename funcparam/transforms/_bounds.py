@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar, final
 
 import torch
@@ -12,7 +13,7 @@ from funcparam.transforms.contract.arguments import NUMBER, expect_argument
 from funcparam.transforms.contract.base import State, Transform, expect_range, expect_real, largest
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.inside import inside
+from funcparam.transforms.numerics.inside import beside, inside, is_narrower
 from funcparam.transforms.numerics.softplus import inverse_softplus, softplus
 
 
@@ -101,8 +102,11 @@ class Interval(Transform[Tensor]):
     @full_precision
     def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
         low, high = state["low"], state["high"]
-        # lerp meets both bounds exactly, where low + (high - low) may round beyond
-        return inside(torch.lerp(low, high, raw.sigmoid()), rounded_to, low, high)
+        place = raw.sigmoid()
+        # lerp meets both ends exactly, where low + (high - low) may round beyond
+        if is_narrower(rounded_to, raw.dtype):
+            return inside(torch.lerp(low, high, place), rounded_to, low, high)
+        return torch.lerp(beside(low, high), beside(high, low), place)
 
 
 @final
@@ -172,7 +176,10 @@ class LowerBound(Transform[Tensor]):
 
     @full_precision
     def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
-        return inside(state["low"] + softplus(raw), rounded_to, low=state["low"])
+        low = state["low"]
+        if is_narrower(rounded_to, raw.dtype):
+            return inside(low + softplus(raw), rounded_to, low=low)
+        return beside(low, inf) + softplus(raw)
 
 
 @final
@@ -241,4 +248,7 @@ class UpperBound(Transform[Tensor]):
 
     @full_precision
     def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
-        return inside(state["high"] - softplus(raw), rounded_to, high=state["high"])
+        high = state["high"]
+        if is_narrower(rounded_to, raw.dtype):
+            return inside(high - softplus(raw), rounded_to, high=high)
+        return beside(high, -inf) - softplus(raw)

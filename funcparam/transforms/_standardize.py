@@ -62,8 +62,10 @@ class WeightStandardization(Transform[Tensor]):
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
         centred = raw - self._mean(raw)
-        centred = centred - self._mean(centred)  # what a large mean left behind by rounding
-        return centred / self._deviation(centred).clamp_min(self.eps)
+        # what a large mean left behind by rounding, which has no derivative
+        centred = centred - self._mean(centred.detach())
+        # the derivative of a division passes over raw more often
+        return centred * self._deviation(centred).clamp_min(self.eps).reciprocal()
 
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from math import inf
-
 import torch
 from torch import Tensor
+
+
+def beside(bound: Tensor, towards: Tensor | float) -> Tensor:
+    """The number next to a bound, with the derivative of the bound.
+
+    A map that starts from it instead of the bound is off by no more than by rounding, and never
+    on the bound.
+    """
+    there = bound.detach()
+    other = torch.as_tensor(towards, dtype=there.dtype, device=there.device).detach()
+    return bound + (torch.nextafter(there, other) - there)
 
 
 def inside(
     value: Tensor, rounded_to: torch.finfo, low: Tensor | None = None, high: Tensor | None = None
 ) -> Tensor:
-    """`value`, and where it is closer to a bound than its dtype can tell the nearest that is not.
+    """`value`, and where a narrower dtype would round it to a bound the nearest that it does not.
 
-    The derivative is that of `value`: a weight that has come there can leave again. It is to be
-    rounded to a dtype that may be narrower than its own. Where nothing lies between the bounds the
-    value is on the upper one's side.
+    The derivative is that of `value`: a weight that has come there can leave again. Where nothing
+    lies between the bounds the value is on the upper one's side.
     """
     there = value.detach()
-    least = None if low is None else _next(low.detach(), high, inf, rounded_to)
-    most = None if high is None else _next(high.detach(), low, -inf, rounded_to)
+    least = None if low is None else low.detach() + _step(low.detach(), rounded_to)
+    most = None if high is None else high.detach() - _step(high.detach(), rounded_to)
     way = there.clamp(least, most) - there
     if low is None or high is None:
         way = way.nan_to_num(0.0)  # infinity stays where it is
     return value + way
+
+
+def is_narrower(rounded_to: torch.finfo, dtype: torch.dtype) -> bool:
+    """Whether values of a dtype are to be rounded to another one."""
+    return rounded_to.eps > torch.finfo(dtype).eps
 
 
 def least_positive(dtype: torch.dtype, rounded_to: torch.finfo) -> float:
@@ -31,10 +44,6 @@ def least_positive(dtype: torch.dtype, rounded_to: torch.finfo) -> float:
     return max(torch.finfo(dtype).tiny, rounded_to.tiny * rounded_to.eps)
 
 
-def _next(bound: Tensor, other: Tensor | None, end: float, rounded_to: torch.finfo) -> Tensor:
-    """The number next to `bound` on the side of the other one, or the one behind that."""
-    if rounded_to.eps == torch.finfo(bound.dtype).eps:
-        towards = torch.full_like(bound, end) if other is None else other.detach()
-        return torch.nextafter(bound, towards)
-    step = (bound.abs() * rounded_to.eps).clamp_min(least_positive(bound.dtype, rounded_to))
-    return bound + step if end > 0 else bound - step
+def _step(bound: Tensor, rounded_to: torch.finfo) -> Tensor:
+    """To the number next to the bound, or the one behind that."""
+    return (bound.abs() * rounded_to.eps).clamp_min(least_positive(bound.dtype, rounded_to))
