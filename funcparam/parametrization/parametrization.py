@@ -324,11 +324,13 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
         Raises:
             NotImplementedError: a transform has no projection; its name is said.
+            ValueError: a constraint lies in state, which is not given, or a transform refuses the
+                value, as at init.
         """
         values = self._values(params)
         own: StateTree = {} if state is None else state
         for name, transform in self._transforms.items():
-            with naming(name):
+            with naming(name, transform):
                 values[name] = transform.project(values[name], own.get(name, {}))
         return self._build(values)
 
@@ -342,11 +344,12 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
         Raises:
             NotImplementedError: a transform has no tangent; its name is said.
+            ValueError: a constraint lies in state, which is not given.
         """
         values, vectors = self._values(params), self._values(grads)
         own: StateTree = {} if state is None else state
         for name, transform in self._transforms.items():
-            with naming(name):
+            with naming(name, transform):
                 vectors[name] = transform.tangent(values[name], vectors[name], own.get(name, {}))
         return self._build(vectors)
 

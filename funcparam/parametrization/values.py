@@ -97,12 +97,17 @@ def log_moves(
 
 
 @contextmanager
-def naming(name: str) -> Generator[None]:
+def naming(name: str, transform: AnyTransform) -> Generator[None]:
     """Begin the errors of a transform with the name of its weight."""
     try:
         yield
     except (NotImplementedError, ValueError) as error:
         raise type(error)(f"{name!r}: {error}") from error
+    except KeyError as error:
+        raise ValueError(
+            f"{name!r}: {transform!r} expects state with {error}, which is its constraint; give the"
+            " state that p.init returned"
+        ) from error
 
 
 def fresh(tree: Mapping[str, Any]) -> dict[str, Any]:

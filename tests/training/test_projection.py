@@ -9,12 +9,14 @@ from torch import nn
 
 import funcparam as fp
 from funcparam.transforms import (
+    Ball,
     Interval,
     LoRA,
     Mask,
     Orthogonal,
     Positive,
     Simplex,
+    SpectralCap,
     SpectralNorm,
     Symmetric,
     UnitNorm,
@@ -167,6 +169,17 @@ def test_with_groups_and_ties():
     optimizer.step()
     torch.testing.assert_close(net[1].weight.norm(dim=1), torch.ones(4))
     assert net[1].weight is net[0].weight
+
+
+@pytest.mark.parametrize(
+    "rule", [Interval(-1, 1), Mask(), UnitNorm(radius=None), Ball(), SpectralCap(1.0)], ids=str
+)
+def test_a_constraint_in_state_that_is_not_given(rule):
+    p = fp.parametrize({"w": torch.full((2, 2), 0.1)}, {"w": rule})
+    with pytest.raises(ValueError, match="'w': .* expects state with '.*', which is its constr"):
+        p.project({"w": torch.ones(2, 2)})
+    _, state = p.init({"w": torch.full((2, 2), 0.1)})
+    p.project({"w": torch.ones(2, 2)}, state)
 
 
 def test_errors_come_before_the_first_step():

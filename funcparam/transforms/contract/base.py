@@ -199,6 +199,7 @@ class Transform(ABC, Generic[R]):
 
         Raises:
             NotImplementedError: there is no such point to be had; the message says why.
+            ValueError: the right inverse refuses the value.
         """
         expect_constraint(self)
         return self.forward(*self.right_inverse(value))

@@ -13,8 +13,8 @@ def beside(bound: Tensor, towards: Tensor | float) -> Tensor:
     on the bound.
     """
     there = bound.detach()
-    other = torch.as_tensor(towards, dtype=there.dtype, device=there.device).detach()
-    return bound + (torch.nextafter(there, other) - there)
+    end = towards.detach() if isinstance(towards, Tensor) else torch.full_like(there, towards)
+    return bound + (torch.nextafter(there, end) - there)
 
 
 def inside(
