@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from funcparam.parametrization.boundary import RawTree, StateTree
@@ -49,7 +49,8 @@ def move(
         p: the parametrization of `raw` and `state`.
         q: the one to go on with: `p` itself to rebase, or `fp.parametrize(net, {**p, name: new})`.
         raw: as `p.init` returns it. Its tensors are written to.
-        state: likewise; it is read only.
+        state: likewise; it is read only, but that of a module (`model.raw_and_state()`) whose base
+            points move, which is written to as raw is.
         optimizer: of PyTorch, or made by [`Groups.optimizer`][funcparam.Groups.optimizer]; None if
             there is none, or it is made anew.
 
@@ -92,6 +93,8 @@ def move(
             old_chart = _chart(p.get(name), old_given.get(name, {}))
             new_chart = _chart(q.get(name), new_given.get(name, {}))
             writes += weight.optimizer_writes(optimizer, old_chart, new_chart)
+    if p == q:
+        new_state = {n: _held(raw[n], state[n], own, writes) for n, own in new_state.items()}
     with torch.no_grad():
         for write in writes:
             write()
@@ -191,6 +194,15 @@ def _moved(
     new_raw |= {name: raw[name] for name in same}
     new_state |= {name: state[name] for name in same if name in state}
     return new_raw, new_state
+
+
+def _held(raw: Raw, old: State, new: State, writes: list[Callable[[], object]]) -> State:
+    """Let a module, whose raw are parameters, have its new state in the tensors of the old one."""
+    if not all(isinstance(tensor, nn.Parameter) for tensor in _flat(raw).values()):
+        return new
+    moved = [key for key in new if new[key] is not old[key]]
+    writes += [partial(old[key].copy_, new[key].detach().clone()) for key in moved]
+    return old
 
 
 def _expect_same_weights(p: Parametrization[Any], q: Parametrization[Any]) -> None:

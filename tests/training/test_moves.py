@@ -173,6 +173,33 @@ def test_through_groups():
         fp.move(p, fp.parametrize(net, []), raw, state, optimizer)
 
 
+def test_a_module_is_moved_whole():
+    """Its raw and its state, in place: it goes on as the functional form does."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    p = fp.parametrize(net, {"0.weight": Orthogonal(), "1.weight": WeightNorm()})
+    model, (raw, state) = fp.Parametrized(net, p), p.init(net)
+    ours = torch.optim.Adam(model.parameters(), lr=0.05)
+    theirs = torch.optim.Adam(fp.trainable(raw), lr=0.05)
+    x = torch.randn(3, 4).double()
+    for _ in range(3):
+        for out, optimizer in (
+            (model(x), ours),
+            (torch.func.functional_call(net, p(raw, state), (x,)), theirs),
+        ):
+            optimizer.zero_grad()
+            out.sin().sum().backward()
+            optimizer.step()
+        before = model.values()["0.weight"].detach().clone()
+        base = model.get_buffer("state.0.weight.base")
+        _, own = fp.move(p, p, *model.raw_and_state(), ours)
+        raw, state = fp.move(p, p, raw, state, theirs)
+        torch.testing.assert_close(model.values()["0.weight"], before)
+        assert own["0.weight"]["base"] is base
+        assert model.get_parameter("raw.0.weight").eq(0).all()
+    for name, value in p(raw, state).items():
+        torch.testing.assert_close(model.values()[name], value)
+
+
 def test_frozen_and_untrained():
     values, p = rules(Frozen())
     raw, state = p.init(values)
