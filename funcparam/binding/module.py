@@ -268,7 +268,8 @@ class Parametrized(nn.Module):
     def rebase(self) -> None:
         """Move base points to the current values, in place; see [`Parametrization.rebase`][].
 
-        An optimizer's momentum belongs to the old raw: set it to zero.
+        An optimizer's momentum belongs to the old raw: `fp.move(p, p, *model.raw_and_state(),
+        optimizer)` does the same and carries it along.
         """
         raw, state = self._own()
         with torch.no_grad():

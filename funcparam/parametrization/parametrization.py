@@ -239,9 +239,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
         Where a base point moves, raw is a new tensor, detached, which requires grad if the old one
         did (not inside of a `torch.func` transform, where no tensor can be made to). An optimizer
-        still has the old one: copy the new entries into it, under `no_grad`, and set its momentum,
-        which belongs to the old ones, to zero. Source: dynamic trivializations, Lezcano-Casado,
-        arXiv 1909.09501.
+        would go on with the old one: [`fp.move(p, p, raw, state, optimizer)`][funcparam.move] moves
+        both. Source: dynamic trivializations, Lezcano-Casado, arXiv 1909.09501.
         """
         state = self._check(raw, state)
         new_raw, new_state, given = dict(raw), dict(state), self._plan.given(raw, state)
