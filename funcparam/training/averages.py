@@ -33,8 +33,9 @@ def average(
     * `"raw"`: means of raw, and state made exact for them, as by `p.refresh`. For points of one
       run: raw means something relative to its base point, which has to be the same one;
     * `"values"`: means of values, projected onto their constraints (`p.project`), and raw and state
-      of those. For points from anywhere. What has no projection goes through its right inverse:
-      an adapter is merged into its weight, and a new one begins there;
+      of those. For points from anywhere; of a mean with several nearest points, as that of a
+      rotation and a reflection, it is one of them. What has no projection goes through its right
+      inverse: an adapter is merged into its weight, and a new one begins there;
     * `"karcher"`: for orthogonal and unitary matrices the Karcher mean, from which the squared
       distances along the manifold have the least sum: $\sum_i w_i \operatorname{Log}_M(W_i) = 0$.
       Of square matrices it is that of the group, of others that of the Stiefel manifold in its
@@ -189,7 +190,9 @@ def _onto(transform: AnyTransform, value: Tensor, states: Sequence[State]) -> Te
             "expected points of one constraint; what of it lies in state (a mask, bounds, a radius)"
             " differs"
         )
-    if transform.violation(first, states[0]) > torch.finfo(value.dtype).eps ** 0.5:
+    with autocast_off(value):
+        violation = transform.violation(*widened((first, states[0])))
+    if violation > torch.finfo(value.dtype).eps ** 0.5:
         raise ValueError(
             "expected values nearer to each other: their mean has no single nearest"
             " one that satisfies the constraint"
@@ -214,7 +217,8 @@ def _are_close(a: Any, b: Any) -> bool:
         if not (a.is_floating_point() or a.is_complex()):
             return torch.equal(a, b)
         size = a.abs().amax().item() if a.numel() else 0.0
-        return torch.allclose(a, b, rtol=0, atol=size * 128 * torch.finfo(a.dtype).eps)
+        rounding = max(2 * torch.finfo(a.dtype).eps, 128 * torch.finfo(widened(a).dtype).eps)
+        return torch.allclose(a, b, rtol=0, atol=size * rounding)
     return all(_are_close(a[key], b[key]) for key in a)
 
 

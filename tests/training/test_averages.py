@@ -219,6 +219,22 @@ def test_every_kind_of_tree_and_leaf():
         fp.average([(raw, state), (other, state)], p)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_in_single_and_half_precision(dtype):
+    values = {"w": torch.randn(8, 8).to(dtype), "v": torch.randn(8, 8).to(dtype)}
+    p = fp.parametrize(values, {"w": Orthogonal(), "v": SpectralNorm()})
+    raw, state = p.init(values)
+    point = (
+        {name: tensor + 0.1 * torch.randn(8, 8).to(dtype) for name, tensor in raw.items()},
+        state,
+    )
+    for how in ("raw", "values"):
+        found = fp.average([(raw, state), point], p, how)
+        assert max(p.violation(p(*found), found[1]).values()) < 4 * torch.finfo(dtype).eps
+    with pytest.raises(ValueError, match="'w': expected points that share .* another 'base'"):
+        fp.average([(raw, state), p.rebase(*point)], p)
+
+
 def test_a_kernel():
     net = nn.Conv2d(3, 3, 3)
     p = fp.parametrize(net, {"weight": OrthogonalConv()})
