@@ -86,6 +86,13 @@ bench: $(READY)-bench ## Measure funcparam beside other libraries, into docs/ben
 bench-quick: $(READY)-bench ## Measure fewer cases in fewer rounds, in under three minutes
 	$(BIN)/python benchmarks/run.py --quick --out build/bench
 
+# in under eight minutes on one GPU; without one the tests try some of it on the CPU
+.PHONY: cuda
+cuda: $(READY)-test $(READY)-bench ## Test and measure on a GPU, into docs/bench/cuda.md; FILE=PyTorch's tests
+	$(BIN)/python -m pytest tests/cuda -q -rs -n 4 $(ARGS)
+	$(if $(FILE),$(BIN)/python tests/conformance.py $(FILE))
+	$(BIN)/python benchmarks/on_cuda.py --out docs/bench --seconds 240
+
 .PHONY: rooms
 rooms: $(READY)-test ## Draw who imports whom into docs/rooms.svg
 	$(BIN)/python -m tests.rooms docs/rooms.svg

@@ -5,17 +5,14 @@
 The network only holds its layers and runs none of them, so that binding is what is measured.
 """
 
-import warnings
-
 import torch
+from _peers import peer
 from _report import Comparison, main
 from torch import nn
 
 import funcparam as fp
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from tensordict import TensorDict
+tensordict = peer("tensordict")
 
 RATIOS = [("torch.func", "funcparam"), ("tensordict", "funcparam")]
 
@@ -36,20 +33,24 @@ def comparisons(*, quick=False):
     for count in (10, 1000) if quick else (10, 100, 1000):
         net = Holder(count)
         params = {name: torch.ones_like(tensor) for name, tensor in net.named_parameters()}
-        prepared, nested = fp.functional_call(net), TensorDict.from_module(net).data
+        prepared = fp.functional_call(net)
+        functions = {
+            "torch.func": lambda net=net, ps=params: torch.func.functional_call(net, ps, (x,)),
+            "tensordict": by_tensordict(net, x) if tensordict else None,
+            "funcparam": lambda call=prepared, params=params: call(params, (x,)),
+        }
+        found = {name: function for name, function in functions.items() if function}
+        yield Comparison({"parameters": count}, found)
 
-        def by_tensordict(net=net, nested=nested):
-            with nested.to_module(net):
-                return net(x)
 
-        yield Comparison(
-            {"parameters": count},
-            {
-                "torch.func": lambda net=net, ps=params: torch.func.functional_call(net, ps, (x,)),
-                "tensordict": by_tensordict,
-                "funcparam": lambda call=prepared, params=params: call(params, (x,)),
-            },
-        )
+def by_tensordict(net, x):
+    nested = tensordict.TensorDict.from_module(net).data
+
+    def call():
+        with nested.to_module(net):
+            return net(x)
+
+    return call
 
 
 if __name__ == "__main__":

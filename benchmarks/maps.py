@@ -8,14 +8,16 @@ give: the mathematics written out for one stack, nothing checked.
 """
 
 import by_hand
-import geotorch
 import torch
+from _peers import peer
 from _report import Comparison, main
 from torch import nn
 from torch.nn.utils import parametrizations as torch_parametrizations
 
 import funcparam as fp
 from funcparam.transforms import Orthogonal, SpectralNorm, WeightNorm
+
+geotorch = peer("geotorch")
 
 KINDS = {
     "matrix_exp": (Orthogonal("matrix_exp"), "orthogonal", {"orthogonal_map": "matrix_exp"}),
@@ -83,7 +85,7 @@ def setting(kind, leaves, n):
 
     made = getattr(torch_parametrizations, name)
     functions = {"PyTorch": registered(lambda layer: made(layer, **options))}
-    if kind in GEOTORCH:
+    if kind in GEOTORCH and geotorch:
         triv = GEOTORCH[kind]
         functions["geotorch"] = registered(
             lambda layer: geotorch.orthogonal(layer, "weight", triv=triv)

@@ -55,9 +55,9 @@ def stepping(parameters, output):
     return step
 
 
-def setting(kind, which):
+def setting(kind, net):
     transform, name, options = KINDS[kind]
-    make, pattern, shape = NETS[which]
+    make, pattern, shape = net
     x = torch.randn(shape)
 
     p = fp.parametrize(make(), {pattern: transform})
@@ -71,9 +71,9 @@ def setting(kind, which):
             for parameter in module.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
-    net = make()
-    call = fp.functional_call(net)
-    raw, state = p.init(net)
+    own = make()
+    call = fp.functional_call(own)
+    raw, state = p.init(own)
     raw = tree_map(lambda t: (t + 0.1 * torch.randn_like(t)).requires_grad_(), raw)
     holder = {"state": state}
 
@@ -86,8 +86,8 @@ def setting(kind, which):
         "shell": stepping(shell.parameters(), lambda: shell(x)),
         "functional": stepping(tree_leaves(raw), functional),
     }
-    if which == "MLP":
-        functions["by hand"] = bound(kind, net, p, raw, state, x)
+    if make is mlp:
+        functions["by hand"] = bound(kind, own, p, raw, state, x)
     return functions
 
 
@@ -115,7 +115,7 @@ def comparisons(*, quick=False):
         for kind in KINDS:
             if (kind, which) == ("matrix_exp", "transformer"):  # 20 seconds a step, of 1024 x 1024
                 continue
-            yield Comparison({"map": kind, "net": which}, setting(kind, which))
+            yield Comparison({"map": kind, "net": which}, setting(kind, NETS[which]))
 
 
 if __name__ == "__main__":
