@@ -67,7 +67,8 @@ class SpectralCap(Transform[Tensor]):
         Q = polar_factor(Y)
         S = Q.mH @ Y
         # 1 - s and (1 - s) / (1 + s) have one sign, and the latter is in [-1, 1] however large s is
-        sign = polar_factor(2 * linalg.inv(identity + (S + S.mH) / 2) - identity)
+        inverse, _ = cast("tuple[Tensor, Tensor]", linalg.inv_ex(identity + (S + S.mH) / 2))
+        sign = polar_factor(2 * inverse - identity)
         below = (identity + sign) / 2
         # twice, since once leaves of a large s its rounding
         W = (Q + (Y - Q) @ below @ below) * state["cap"]

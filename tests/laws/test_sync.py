@@ -6,6 +6,7 @@ What a device would do is done on the CPU, where transforms are told that entrie
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,13 @@ def test_values_and_gradients_are_those_of_a_cpu(case, monkeypatch):
     near = found()
     monkeypatch.setattr(base, "_AT_HAND", ())
     torch.testing.assert_close(found(), near, rtol=1e-11, atol=1e-12)
+
+
+def test_the_page_tells_what_may_wait():
+    page = (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8")
+    for method, names in MAY_WAIT.items():
+        (row,) = re.findall(rf"^\| `{method}` \| (.*) \|$", page, re.MULTILINE)
+        assert re.findall(r"`(.+?)`", row) == list(names)
 
 
 @pytest.mark.usefixtures("entries_are_far")
