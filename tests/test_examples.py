@@ -146,6 +146,28 @@ def test_rotations(tmp_path):
     assert int(re.search(r"at most (\d+)$", out, re.MULTILINE)[1]) <= 15
 
 
+def test_stiefel(tmp_path):
+    picture = tmp_path / "stiefel.png"
+    out = python(ROOT / "examples" / "stiefel.py", "--quick", "--out", picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    row = re.compile(r"^([a-z]+) +(SGD|Adam|Muon) +(\S+) +(\S+) +(\S+) ", re.MULTILINE)
+    subspace, components = (
+        {(way, optimizer): [float(n) for n in numbers] for way, optimizer, *numbers in found}
+        for found in map(row.findall, out.split("components of patches"))
+    )
+    own = [(way, by) for way in ("trivialized", "rebased", "projected") for by in ("SGD", "Adam")]
+    assert {*own, ("projected", "Muon")} < subspace.keys()
+    start = float(re.search(r"noise: cost (\S+) at the start", out)[1])
+    for key, (cost, violation, explained) in subspace.items():
+        assert cost < start - 0.5
+        assert violation < 1e-5 or key[0] == "unconstrained"
+        assert explained > 0.5
+    assert components["unconstrained", "Adam"][1] > 0.5  # it shrinks to nothing
+    for key in own:
+        assert components[key][1] < 1e-5
+        assert components[key][2] > 5  # sparser than at the start
+
+
 def rows(text, after, columns):
     """The rows of numbers below the head of a table."""
     lines = text[text.index(after) :].splitlines()[1:]
