@@ -21,10 +21,22 @@ from _timing import ratio
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-TIMED = "maps", "step", "reuse", "ensemble", "maml", "part", "binding", "evaluation", "compat"
+TIMED = (
+    "maps",
+    "step",
+    "reuse",
+    "ensemble",
+    "maml",
+    "part",
+    "binding",
+    "evaluation",
+    "compat",
+    "manifold",
+)
 WHOLE = "memory", "compiled", "thresholds", "accuracy"
-BY_MAP = "maps", "step", "reuse", "ensemble"
-PEERS = "torch", "geotorch", "higher", "torchopt", "tensordict"
+BY_MAP = "maps", "step", "reuse", "ensemble", "manifold"
+OURS = "shell", "functional", "trivialized", "rebased", "projected"
+PEERS = "torch", "geotorch", "geoopt", "higher", "torchopt", "tensordict"
 
 
 def processor():
@@ -76,7 +88,7 @@ def grouped(name, figures, pairs):
             ):
                 continue
             if other in figure["seconds"]:
-                side = f" ({ours})" if ours in ("shell", "functional") else ""
+                side = f" ({ours})" if ours in OURS else ""
                 gain = ratio(figure["seconds"], other, ours)[0]
                 found.setdefault(f"{name}{what}{side}: {other}", []).append(gain)
     return found

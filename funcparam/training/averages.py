@@ -159,7 +159,7 @@ def _by_values(
 ) -> tuple[dict[str, Raw], dict[str, State]]:
     projected: dict[str, Tensor] = {}
     for name, transform in p.items():
-        with naming(name):
+        with naming(name, transform):
             found = _onto(transform, means[name], [state.get(name, {}) for state in states])
         if found is not None:
             means[name] = projected[name] = found
@@ -207,7 +207,7 @@ def _karcher(
         return cast("Tensor", _mean(name, each, shares))
     values = torch.stack(list(each))
     weights = torch.tensor(shares, dtype=widened(values).real.dtype, device=values.device)
-    with naming(name), autocast_off(values):
+    with naming(name, transform), autocast_off(values):
         return transform.karcher_mean(widened(values), weights).to(values.dtype)
 
 
