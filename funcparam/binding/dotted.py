@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from funcparam.binding.modes import is_plain_eager
-from funcparam.binding.sharding import sharded_like
 from funcparam.parametrization.boundary import Entry
+from funcparam.parametrization.sharding import sharded_like
 from funcparam.transforms.contract.base import Raw, State
 from funcparam.transforms.contract.signature import TensorSpec
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from funcparam.binding.dotted import paths
-from funcparam.binding.sharding import sharded_like
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.parametrize import parametrize
+from funcparam.parametrization.sharding import sharded_like
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -44,10 +44,10 @@ def respell(
     """
     given = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
     own = model.state_dict(keep_vars=True)
-    new = _renewed(model, given)
-    if given and (own.keys().isdisjoint(new) or not _is_by(model, metadata)):
+    new = given
+    if not (given.keys() <= own.keys() and _is_by(model, metadata)):
         try:
-            new = _read(model, given, metadata, own)
+            new = _read(model, given, prefix, metadata, own)
         except (TypeError, ValueError) as error:
             where = f", at {prefix[:-1]!r}" if prefix else ""
             raise RuntimeError(f"loading into a {type(model).__name__}{where}: {error}") from error
@@ -132,34 +132,22 @@ def _plain(key: str, prefix: str, names: list[str]) -> str:
     return prefix + next(n for n in names if rest == n or rest.startswith(f"{n}."))
 
 
-def _renewed(model: Shell, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of before the network was a child: `raw` of what has no rule, and `net_buffers`."""
-    entries = [entry for entry in model.parametrization.entries if entry.transform is None]
-    ties = {f"raw.{entry.name}": entry.names for entry in entries}
-    new: dict[str, Any] = {}
-    for key, tensor in given.items():
-        if key in ties:
-            new |= {f"net.{name}": tensor for name in ties[key]}
-        elif key.startswith("net_buffers."):
-            new[key.replace("net_buffers.", "net.", 1)] = tensor
-        else:
-            new[key] = tensor
-    return new
-
-
 def _read(
     model: Shell,
     given: Mapping[str, Any],
+    prefix: str,
     metadata: Mapping[str, Any],
     own: Mapping[str, Any],
 ) -> dict[str, Any]:
-    from funcparam.checkpoint._read import take  # a third of the time to import funcparam
+    # a third of the time to import funcparam
+    from funcparam.checkpoint._read import take, warn_of_moves
 
     file: Any = OrderedDict(given)
     file._metadata = {"": metadata}
     buffers = {key.removeprefix("net.") for key in own if key.startswith("net.")}
     p = model.parametrization
     found = take(file, p, buffers=buffers - {n for e in p.entries for n in e.names}, strict=False)
+    warn_of_moves(found, prefix, stacklevel=7)
     new: dict[str, Any] = {f"net.{key}": tensor for key, tensor in found.others.items()}
     for entry in (entry for entry in p.entries if entry.name in found.raw):
         raw, state = found.raw[entry.name], found.state.get(entry.name, {})

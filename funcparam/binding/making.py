@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from funcparam.binding.fold import copy_of
-from funcparam.binding.sharding import whole
 from funcparam.parametrization.parametrization import Parametrization
+from funcparam.parametrization.sharding import whole
 from funcparam.parametrization.tree import flatten
 from funcparam.transforms.contract.base import AnyTransform, Transform
 from funcparam.transforms.contract.signature import describe

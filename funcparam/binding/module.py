@@ -33,10 +33,10 @@ from funcparam.binding.making import evolves, gathered, parts_of
 from funcparam.binding.modes import fx_tracer
 from funcparam.binding.pins import is_checkpointed, settle
 from funcparam.binding.places import Place, lock_of
-from funcparam.binding.sharding import whole
 from funcparam.binding.slots import Slots, places
 from funcparam.parametrization.boundary import Entry
 from funcparam.parametrization.parametrization import Parametrization
+from funcparam.parametrization.sharding import whole
 from funcparam.parametrization.table import Table
 from funcparam.transforms.contract.base import Raw, State
 

@@ -18,7 +18,7 @@ from funcparam.checkpoint._diff import difference
 from funcparam.checkpoint._explain import explain
 from funcparam.checkpoint._files import load_telling, save, save_shards
 from funcparam.checkpoint._flat import tensors_and_others
-from funcparam.checkpoint._read import take
+from funcparam.checkpoint._read import take, warn_of_moves
 from funcparam.checkpoint._silent import parametrization_by, transform_of
 from funcparam.checkpoint._spec import said
 from funcparam.checkpoint._write import Style, rewritten
@@ -176,6 +176,7 @@ def _contents(paths: Sequence[Path], given: Any, tell: Tell) -> list[Contents]:
             own = None if said(file) else parametrization_by(tensors_and_others(file)[0], rules)
             used |= own is not None
             found.append(take(file, own))
+            warn_of_moves(found[-1], stacklevel=1)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{str(path)!r}: {error}") from error
     if rules and not used:

@@ -84,6 +84,7 @@ def read(
         tensor([[1.2000, 1.6000]])
     """
     contents = take(state_dict, p, buffers=buffers, strict=strict, known=known, generator=generator)
+    warn_of_moves(contents, stacklevel=3)
     return cast_to_specs(contents)
 
 
@@ -96,7 +97,7 @@ def take(
     known: Known | None = None,
     generator: torch.Generator | None = None,
 ) -> Contents:
-    """Do what [`read`][funcparam.checkpoint.read] does, in the precision of the file at least.
+    """Do what [`read`][funcparam.checkpoint.read] does, silently and as precise as the file.
 
     For a module that was cast to another precision than `p` was made for.
     """
@@ -124,7 +125,6 @@ def take(
         with torch.no_grad():
             state = p._plan.settled(raw, state, reader.inverted)  # pyright: ignore[reportPrivateUsage]
     _check(p, raw, state, missing)
-    _warn(p, reader.moved)
     others = {
         seen.names.get(name, name): (seen.keys[key], tensors[seen.keys[key]])
         for name, key in there.others.items()
@@ -153,14 +153,16 @@ def _check(p: Parametrization[Any], raw: Any, state: Any, missing: Collection[st
     check_state_tree(entries, state)
 
 
-def _warn(p: Parametrization[Any], moved: Mapping[str, float]) -> None:
-    if moved:
-        listed = [f"{name!r} by up to {by:.2g}, to {p[name]!r}" for name, by in moved.items()]
+def warn_of_moves(contents: Contents, prefix: str = "", *, stacklevel: int) -> None:
+    """Say which values were projected; the prefix is what they are in."""
+    if contents.moved:
+        p, moves = contents.p, contents.moved.items()
+        listed = [f"{prefix + name!r} by up to {by:.2g}, to {p[name]!r}" for name, by in moves]
         more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
         warnings.warn(
             "values of the file do not satisfy their constraints and were projected:"
             f" {'; '.join(listed[:4])}{more}",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 

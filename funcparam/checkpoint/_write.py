@@ -21,6 +21,7 @@ from funcparam.parametrization.boundary import (
     check_state_tree,
 )
 from funcparam.parametrization.parametrization import Parametrization
+from funcparam.parametrization.sharding import whole
 from funcparam.transforms._spellings import spellings
 from funcparam.transforms.contract.base import State
 from funcparam.transforms.contract.signature import describe
@@ -138,14 +139,6 @@ def written(
     if style != "plain":
         cast("Any", found)._metadata = {"": {KEY: description(p)}}
     return found
-
-
-def whole(tree: Any) -> Any:
-    """The tree with sharded tensors gathered; any other tensor is its own whole."""
-    if isinstance(tree, Mapping):
-        return {key: whole(item) for key, item in cast("Mapping[str, Any]", tree).items()}
-    gather: Any = getattr(tree, "full_tensor", None)
-    return tree if gather is None else gather()
 
 
 def _others(

@@ -387,7 +387,7 @@ def test_a_part_of_a_plain_file(prefix):
     model = shell({"0.weight": Orthogonal(), "3.weight": WeightNorm()}, net)
     top = nn.ModuleDict({"inner": model}) if prefix else model
     backbone = {f"{prefix}{k}": 2 * t for k, t in net.state_dict().items() if k[0] in "01"}
-    with pytest.warns(UserWarning, match="'0.weight' by up to"):
+    with pytest.warns(UserWarning, match=f"'{prefix}0.weight' by up to"):
         found = top.load_state_dict(backbone, strict=False)
     assert found.missing_keys == [f"{prefix}3.bias", f"{prefix}3.weight"]
     assert found.unexpected_keys == []

@@ -71,8 +71,9 @@ def positive():
 def test_a_projection_warns():
     with pytest.warns(
         UserWarning, match=r"were projected: 'weight' by up to \d\.\d+, to Orthogonal"
-    ):
+    ) as caught:
         linear(Orthogonal()).load_state_dict(nn.Linear(3, 3).state_dict())
+    assert caught[0].filename == __file__
 
 
 # As strict as torch, and errors begin with the cause
