@@ -33,7 +33,7 @@ from funcparam.binding.making import evolves, gathered, parts_of
 from funcparam.binding.modes import fx_tracer
 from funcparam.binding.pins import is_checkpointed, settle
 from funcparam.binding.places import Place, lock_of
-from funcparam.binding.slots import Slots, places
+from funcparam.binding.slots import Slots, places, refuse_write
 from funcparam.parametrization.boundary import Entry
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.sharding import whole
@@ -224,6 +224,7 @@ class Parametrized(nn.Module):
 
         Under the name of a weight that has no rule it is the network's own parameter.
         """
+        self._expect_empty()
         raw, state = self._own()
         every = {
             e.name: raw[e.name] if e.transform else self._at(e)[0].read()
@@ -297,6 +298,7 @@ class Parametrized(nn.Module):
 
     def fold_with(self, memo: dict[int, Any]) -> nn.Module:
         """The same with what is copied already in a memo of deepcopy."""
+        self._expect_empty()
         values = self._ruled(*whole(self._own()))
         memo |= {i: own for i, own in gathered(self._net).items() if i not in memo}
         net = copy_of(self._net, memo)
@@ -414,6 +416,10 @@ class Parametrized(nn.Module):
             evolved[change.name][cast("str", change.key)] = tensor
         return self._evaluation.values(raw, evolved)
 
+    def _expect_empty(self) -> None:
+        if not torch.compiler.is_compiling():  # which need not guard on every table
+            self._looked_up().expect_empty()
+
     def _looked_up(self) -> Slots:
         """The places of the values; a replica, or a network that was changed, has others."""
         slots = self.__dict__.get("_slots")
@@ -424,8 +430,12 @@ class Parametrized(nn.Module):
 
     def _traced(self) -> list[tuple[Tensor, Place]]:
         """The values of the next call for a compiler, and where they go."""
+        found = [(e.name, at) for e in self._ruled.entries for at in self._at(e)]
+        for name, at in found:
+            if isinstance(at.read(), nn.Parameter):  # what a block around this put there is none
+                refuse_write(name)
         tensors = self._next().tensors
-        return [(tensors[e.name], at) for e in self._ruled.entries for at in self._at(e)]
+        return [(tensors[name], at) for name, at in found]
 
     def _at(self, entry: Entry) -> list[Place]:
         return places(self._net, entry.names)

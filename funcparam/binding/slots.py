@@ -8,6 +8,7 @@ from operator import contains, getitem, is_, is_not
 from typing import Any, cast
 
 from torch import nn
+from typing_extensions import Never
 
 from funcparam.binding.places import Place, Places, lock_of
 from funcparam.binding.watch import is_bound
@@ -59,10 +60,7 @@ class Slots:
             if any(place.key not in place.entries() for place in own):
                 raise RuntimeError(_gone(name))
             if not is_bound(self.lock) and any(place.read() is not None for place in own):
-                raise RuntimeError(
-                    f"{name!r} of this Parametrized's network was written to. Its value is"
-                    " computed: write to model.raw, or load it with model.load_state_dict"
-                )
+                refuse_write(name)
 
     def of(self, names: Sequence[str]) -> Places:
         """The places of all, or of those that are not made when they are read."""
@@ -74,6 +72,14 @@ class Slots:
 
     def _of(self, names: Sequence[str]) -> Places:
         return Places(names, [self.at[name] for name in names])
+
+
+def refuse_write(name: str) -> Never:
+    """Raise since somebody wrote to the place of a value."""
+    raise RuntimeError(
+        f"{name!r} of this Parametrized's network was written to. Its value is computed: write to"
+        " model.raw, or load it with model.load_state_dict"
+    )
 
 
 def places(net: nn.Module, names: Sequence[str]) -> list[Place]:

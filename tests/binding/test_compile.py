@@ -73,3 +73,25 @@ def test_48_equal_shells_share_one_graph():
         expected = copy.deepcopy(model)(x)
         torch.testing.assert_close(compiled(model, x), expected)
     assert counter.frame_count == 1
+
+
+def test_values_and_violations_are_one_graph():
+    net, p = mixed()
+    model = fp.Parametrized(net, p).eval()
+    for look in (model.values, model.violation):
+        compiled = torch.compile(look, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(), look())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_write_to_a_ruled_weight_is_an_error_in_a_compiled_call_too(training):
+    net = mlp(depth=1)
+    model = fp.Parametrized(net, fp.parametrize(net, {"0.weight": SpectralNorm()})).train(training)
+    call = torch.compile(model, backend="aot_eager")
+    x = torch.ones(2, 6).double()
+    call(x)
+    with torch.no_grad(), model.bound():
+        call(x)
+    model.net[0].weight = nn.Parameter(torch.eye(6).double())
+    with pytest.raises(RuntimeError, match="'0.weight' of this Parametrized's network was written"):
+        call(x)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import funcparam as fp
-from funcparam.transforms import Orthogonal, SpectralNorm
+from funcparam.transforms import Identity, Orthogonal, SpectralNorm
 
 RULES = {"bert.pooler.dense.weight": Orthogonal(), "*.intermediate.dense.weight": SpectralNorm()}
 
@@ -78,6 +78,20 @@ def test_what_transformers_saves_is_folded(tmp_path):
     plain = transformers.BertForSequenceClassification.from_pretrained(tmp_path).eval()
     x = torch.stack([row["input_ids"] for row in data()])
     assert torch.equal(plain(x).logits, model(x).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_saves_a_tied_embedding_that_has_a_rule(tmp_path):
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    net = transformers.GPT2LMHeadModel(config)
+    model = fp.Parametrized(net, fp.parametrize(net, {"transformer.wte.weight": Identity()}))
+    trainer(tmp_path, model).save_model(tmp_path)
+    again = fp.Parametrized.from_checkpoint(
+        net, tmp_path / "model.safetensors", model.parametrization
+    )
+    torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -435,8 +435,9 @@ def test_errors_of_loading_begin_with_the_cause():
 def test_a_write_to_a_ruled_weight_is_an_error():
     model = shell()
     model.net[0].weight = nn.Parameter(torch.eye(6))
-    with pytest.raises(RuntimeError, match="'0.weight' of this Parametrized's network was written"):
-        model(X)
+    for use in (lambda: model(X), model.fold, model.values, model.summary, model.violation):
+        with pytest.raises(RuntimeError, match="'0.weight' of this Parametrized's network was wri"):
+            use()
     model.net[0].weight = None
     model(X)
     with pytest.raises(AttributeError, match="NoneType"):
