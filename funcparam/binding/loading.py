@@ -44,6 +44,9 @@ def respell(
     """
     given = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)}
     own = model.state_dict(keep_vars=True)
+    for key in own:  # a subclass may have modules beside these
+        if key.partition(".")[0] not in ("net", "raw", "state"):
+            given.pop(key, None)
     new = given
     if not (given.keys() <= own.keys() and _is_by(model, metadata)):
         try:

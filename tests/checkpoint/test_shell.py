@@ -268,3 +268,27 @@ def test_training_goes_on_without_a_warning():
         other.load_state_dict(model.state_dict())
         other.load_state_dict(checkpoint.convert(model.state_dict(), style="torch"))
         other.load_state_dict(checkpoint.convert(model.state_dict(), style="plain"))
+
+
+def headed(transform):
+    model = linear(transform)
+    model.head = nn.Linear(3, 2)  # beside the network
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:values of the file")
+@pytest.mark.parametrize("change", ["none", "more", "transform", "plain"])
+def test_what_a_shell_has_beside_its_network_is_loaded_as_ever(change):
+    source = headed(Orthogonal())
+    given = source.state_dict()
+    if change == "more":
+        given["more"] = torch.ones(1)
+    if change == "plain":
+        head = {key: t for key, t in given.items() if key.startswith("head.")}
+        given = {**source.fold().state_dict(), **head}
+    model = headed(Orthogonal("cayley" if change == "transform" else "matrix_exp"))
+    found = model.load_state_dict(given, strict=change != "more")
+    assert found.missing_keys == []
+    assert found.unexpected_keys == ["more"] * (change == "more")
+    assert torch.equal(model.head.weight, source.head.weight)
+    torch.testing.assert_close(model.values(), source.values())
