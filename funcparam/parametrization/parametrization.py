@@ -313,8 +313,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     def project(self, params: Any, state: StateTree | None = None) -> Params:
         """Take values to their constraints: the nearest ones, or those that a transform documents.
 
-        For weights that are trained as they are, and brought back after each step; see
-        [`project_after`][funcparam.project_after]. What no rule picks stays.
+        [`project_after`][funcparam.project_after] does it after each step. What no rule picks stays.
 
         Args:
             params: a module, or parameters as `p` returns them.
@@ -323,8 +322,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
 
         Raises:
             NotImplementedError: a transform has no projection; its name is said.
-            ValueError: a constraint lies in state, which is not given, or a transform refuses the
-                value, as at init.
+            ValueError: a constraint lies in state that is not given, or a value is refused.
         """
         values = self._values(params)
         own: StateTree = {} if state is None else state
