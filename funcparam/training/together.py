@@ -104,13 +104,33 @@ def _make(make: MakeOptimizer, groups: Sequence[Group]) -> Optimizer:
         {"params": [view for views in group.views for view in views], **group.options}
         for group in groups
     ]
-    made = make(asked)
+    try:
+        made = make(asked)
+    except ValueError as error:
+        raise ValueError(f"{_refused(make, groups)}{error}") from error
     if len(made.param_groups) != len(groups):
         raise ValueError(
             f"expected an optimizer with the {len(groups)} groups that it was given; got"
             f" {len(made.param_groups)} of {type(made).__qualname__}"
         )
     return made
+
+
+def _refused(make: MakeOptimizer, groups: Sequence[Group]) -> str:
+    """Name the first tensor that the optimizer refuses by itself, unless it refuses any."""
+    if not _takes(make, [torch.zeros(2, 2)]):
+        return ""
+    each = [pair for g in groups for pair in zip(g.tensors, g.views, strict=True)]
+    refused = [name for name, views in each if not _takes(make, views)]
+    return f"{refused[0]!r} (kinds= of fp.groups chooses its optimizer): " if refused else ""
+
+
+def _takes(make: MakeOptimizer, tensors: list[Tensor]) -> bool:
+    try:
+        make([{"params": tensors}])
+    except ValueError:
+        return False
+    return True
 
 
 def _lend_gradients(group: Group) -> None:

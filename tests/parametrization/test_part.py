@@ -177,6 +177,18 @@ def test_projection_of_a_part():
     assert found["0.weight"] > 1e-3
 
 
+def test_compiled():
+    """Taken apart and joined inside of one graph."""
+    net, p = mixed()
+    raw, state = trained(net, p)
+    head, body = p.split("4.*")
+
+    def values(raw):
+        return body(body.of(raw), body.of(state)) | head(head.of(raw), head.of(state))
+
+    close(torch.compile(values, backend="aot_eager", fullgraph=True)(raw), p(raw, state))
+
+
 def test_an_inner_loop_over_a_part_equals_the_whole():
     """ANIL: the body is evaluated once, outside of the loop, and is still trained through it."""
     evaluated = []
