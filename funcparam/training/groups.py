@@ -196,11 +196,11 @@ def groups(
     which are left out; raw of an adapter is trained although its weight is frozen.
 
     Args:
-        raw: as `p.init` returns it, or `model.raw_and_state()`; a stack of them, too.
+        raw: the first of what `p.init` or `model.raw_and_state()` returns; a stack of them, too.
         p: what raw belongs to.
         net: the network, which knows what no rule tells: which weights are frozen, which are
             embeddings, and which kernels. Without it, weights of more than two dimensions are
-            nobody's matrices.
+            nobody's matrices, and complex ones never are.
         kinds: other kinds, by name or glob: `{"head.weight": "embedding"}`.
         batch: how many leading dimensions count matrices, by name or glob: `{"experts.*": 1}` for
             a weight `(experts, out, in)`, 0 for a kernel `(out, in, height, width)`.
@@ -315,7 +315,7 @@ def _batch(part: Part, entry: Entry, leaf: Leaf | None, given: int | None) -> in
                 f" the matrix; got {given} that count matrices"
             )
         return given + stacked
-    if len(spec.shape) < 2:
+    if len(spec.shape) < 2 or part.tensor.is_complex():
         return None
     if len(spec.shape) == 2 or (leaf and any(isinstance(o, _ConvNd) for o, _ in leaf.owners)):
         return stacked

@@ -290,3 +290,13 @@ def test_an_optimizer_that_cannot_take_a_shape_says_so():
     optimizer = fp.groups(raw, p, net).optimizer()
     with pytest.raises(NotImplementedError, match="make the optimizer anew"):
         optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
+
+
+def test_complex_weights_are_nobodys_matrices():
+    C = torch.randn(3, 4, dtype=torch.complex64)
+    p = fp.parametrize({"C": C, "W": C.real}, {})
+    raw, state = p.init({"C": C, "W": C.real})
+    optimizer = fp.groups(raw, p).optimizer()
+    sum(x.abs().square().sum() for x in p(raw, state).values()).backward()
+    optimizer.step()
+    assert not torch.equal(raw["C"], C)
