@@ -208,7 +208,7 @@ def test_frozen_and_untrained():
     assert not moved["w"].requires_grad
 
 
-@pytest.mark.parametrize("name", ["_moved", "carried", "moments", "_chart"])
+@pytest.mark.parametrize("name", ["_moved", "carried", "moments", "_chart", "_held"])
 def test_nothing_is_half_moved(monkeypatch, name):
     """Whatever fails, and wherever, nothing has changed."""
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
