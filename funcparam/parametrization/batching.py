@@ -106,8 +106,8 @@ class Plan:
 
     def _parts(self, raw: RawTree) -> Parts:
         kind = "cpu" if self._first is None else _kind(raw[self._first])
-        both = self._by_kind.get(kind) or self._both(kind)
-        return both[torch.compiler.is_compiling()]
+        eager, traced = self._by_kind.get(kind) or self._both(kind)
+        return traced if torch.compiler.is_compiling() else eager
 
     def evaluate(self, raw: RawTree, state: StateTree) -> dict[str, Tensor]:
         """Map raw to values; what no transform has passes through."""
