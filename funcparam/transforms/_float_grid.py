@@ -10,12 +10,13 @@ from torch import Tensor
 
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument, expect_choice
 from funcparam.transforms.contract.base import State, Transform, largest
-from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.precision import full_precision, widened
 from funcparam.transforms.numerics.quantizing import (
     aligned,
     expect_groups,
     expect_whole_groups,
     grouped,
+    held,
     shared_dims,
     straight_through,
 )
@@ -48,10 +49,10 @@ class FakeQuantizeFloat(Transform[Tensor]):
     shape of the value. State `{"scale"}` holds `s`: a scalar, with `dim` one for each index, or
     with `group_size` one for each group, `(..., n / group_size)`. Real dtypes. Init takes it from
     the largest |entry| that shares it: `amax / t`, or with `power_of_two` the power of 2 that takes
-    `amax` into the last octave of the format. A value on such a grid is kept; any other is rounded
-    to its own. `update` takes it from raw, so that a range that grows in training is not clipped.
-    The derivative is straight through: 1 to the end of the format's last octave, so that the
-    largest entry may grow, and 0 beyond.
+    `amax` into the last octave of the format; in half precision it is rounded up. A value on such a
+    grid is kept; any other is rounded to its own. `update` takes it from raw, so that a range that
+    grows in training is not clipped. The derivative is straight through: 1 to the end of the
+    format's last octave, so that the largest entry may grow, and 0 beyond.
 
     `FakeQuantizeFloat("float4_e2m1fn", group_size=32, power_of_two=True)` is MXFP4.
 
@@ -99,11 +100,10 @@ class FakeQuantizeFloat(Transform[Tensor]):
         inside = steps.abs() < 2.0 ** (floor(log2(top)) + 1)
         return (scale * torch.where(inside, rounded, rounded.detach())).reshape(raw.shape)
 
-    @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
-        size = grouped(value.detach().abs(), self.group_size)
+        size = grouped(widened(value.detach()).abs(), self.group_size)
         dims, top = shared_dims(self, value), _FORMATS[self.format].top
         most = size.amax(dims) if size.numel() else size.sum(dims)
         least = torch.finfo(size.dtype).tiny
@@ -111,7 +111,7 @@ class FakeQuantizeFloat(Transform[Tensor]):
             scale = (most.clamp_min(least).log2().floor() - floor(log2(top))).exp2()
         else:
             scale = most / top
-        return value, {"scale": torch.where(most / top >= least, scale, 1)}
+        return value, {"scale": held(torch.where(most / top >= least, scale, 1), value.dtype)}
 
     def update(self, raw: Tensor, state: State) -> State:
         return self.right_inverse(raw.to(state["scale"].dtype))[1]

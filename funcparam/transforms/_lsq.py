@@ -11,9 +11,9 @@ from torch import Tensor
 from funcparam.transforms._quantize import BITS, FakeQuantize
 from funcparam.transforms.contract.arguments import INTEGER, expect_argument, expect_choice
 from funcparam.transforms.contract.base import State, Transform
-from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.precision import full_precision, widened
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.quantizing import expect_groups, grouped, shared_dims
+from funcparam.transforms.numerics.quantizing import expect_groups, grouped, held, shared_dims
 
 
 @final
@@ -32,7 +32,8 @@ class LSQ(Transform[Mapping[str, Tensor]]):
     At init the scale is chosen by `init`: `"range"` takes the largest |entry| to the end of the
     range, so that a value on such a grid is kept; `"lsq"` is the paper's, `2 mean |W| / sqrt(q)`,
     which clips, and suits few bits better. Any value is rounded to the grid that it gets. A scale
-    that training brings to 0 has no grid: values are NaN from then on.
+    that training brings to 0 has no grid: values are NaN from then on. The paper's grid has one
+    integer more, `-q - 1`; this one is symmetric.
 
     Args:
         bits: the width `b` of the integers, from 2 to 8.
@@ -77,16 +78,16 @@ class LSQ(Transform[Mapping[str, Tensor]]):
         slowed = scale.detach() + factor * (scale - scale.detach())
         return self._grid.forward(X, {"scale": slowed, "zero_point": torch.zeros_like(scale)})
 
-    @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
         _, grid = self._grid.right_inverse(value)
         scale = grid["scale"]
         if self.init == "lsq":
-            size = grouped(value.detach().abs(), self.group_size)
+            size = grouped(widened(value.detach()).abs(), self.group_size)
             mean = size.mean(shared_dims(self, value))
-            scale = torch.where(mean > 0, 2 * mean / sqrt(self._levels), scale)
+            start = held(2 * mean / sqrt(self._levels), value.dtype)
+            scale = torch.where(mean > 0, start, scale)
         return {"weight": value, "scale": scale}, {}
 
     def violation(self, value: Tensor, state: State) -> Tensor:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from funcparam.transforms.contract.arguments import INTEGER, Kind, expect_argument, expect_choice
 from funcparam.transforms.contract.base import State, Transform, largest
-from funcparam.transforms.contract.precision import full_precision
+from funcparam.transforms.contract.precision import full_precision, widened
 from funcparam.transforms.numerics.quantizing import (
     aligned,
     expect_groups,
     expect_whole_groups,
     grouped,
+    held,
     shared_dims,
     straight_through,
 )
@@ -121,7 +122,8 @@ class FakeQuantize(Transform[Tensor]):
 
     Raw has the shape of the value. State `{"scale", "zero_point"}` holds `s` and `z` as tensors
     of the value's dtype: scalars, with `dim` one for each index, or with `group_size` one for each
-    group, `(..., n / group_size)`. Real dtypes. Init takes them from the range of the value:
+    group, `(..., n / group_size)`. Real dtypes. Init takes them from the range of the value,
+    and in half precision rounds the scale up:
 
     | scheme | integers, with `h = 2^(bits - 1)` | `s` | `z` |
     |---|---|---|---|
@@ -192,12 +194,11 @@ class FakeQuantize(Transform[Tensor]):
         levels = torch.where(inside, integers, integers.detach().clamp(low, high))
         return (scale * (levels - zero_point)).reshape(raw.shape)
 
-    @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
         low, high = self._range()
-        X, dims = grouped(value.detach(), self.group_size), shared_dims(self, value)
+        X, dims = grouped(widened(value.detach()), self.group_size), shared_dims(self, value)
         if not X.numel():
             ends = X.sum(dims), X.sum(dims)
         else:
@@ -211,9 +212,10 @@ class FakeQuantize(Transform[Tensor]):
             case _:
                 scale = (ends[1] - ends[0]) / (high - low)
         # zeros are on every grid
-        scale = torch.where(scale >= torch.finfo(scale.dtype).tiny, scale, 1)
-        affine = self.scheme == "affine"
-        zero_point = -(ends[0] / scale).round() if affine else torch.zeros_like(scale)
+        scale = held(torch.where(scale >= torch.finfo(scale.dtype).tiny, scale, 1), value.dtype)
+        zero_point = torch.zeros_like(scale)
+        if self.scheme == "affine":
+            zero_point = -(ends[0] / scale.to(X.dtype)).round().to(value.dtype)
         return value, {"scale": scale, "zero_point": zero_point}
 
     def update(self, raw: Tensor, state: State) -> State:

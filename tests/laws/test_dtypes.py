@@ -1,5 +1,7 @@
 """Law 4: every floating dtype, autocast included; the constraint to a stated bound in each."""
 
+import re
+
 import pytest
 import torch
 
@@ -76,7 +78,8 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(case, shape, dty
     # a chain rounds what goes from part to part
     eps = 4 * torch.finfo(dtype).eps if "Chain" in str(case) else 0
     computed = [case.transform.forward, case.transform.update]
-    if not case.transform.is_adapter and "LoRA" not in str(case):  # factors are drawn in the dtype
+    # factors are drawn in the dtype, and a scale is rounded up
+    if not case.transform.is_adapter and not {"LoRA", "LSQ"} & set(re.findall(r"\w+", str(case))):
         computed.append(inverse(case, value))
     for compute in computed:
         pairs = zip(tensors(compute(*low)), tensors(compute(*wide)), strict=True)

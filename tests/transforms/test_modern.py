@@ -184,6 +184,36 @@ def test_lsq_is_pytorchs_learnable_fake_quantize():
     close(found["scale"], expected[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1e-5, 1e-3, 0.02, 100.0])
+@pytest.mark.parametrize(
+    ("transform", "step"),
+    [
+        (FakeQuantize(8), 1 / 127),
+        (FakeQuantize(8, "affine", group_size=4), 1 / 127),
+        (LSQ(8), 1 / 127),
+        (FakeQuantizeFloat("float8_e4m3fn"), 1 / 16),
+        (FakeQuantizeFloat("float8_e5m2"), 1 / 8),
+        (FakeQuantizeFloat("float8_e5m2", group_size=4), 1 / 8),
+    ],
+    ids=str,
+)
+def test_scales_of_small_weights_in_half_precision(transform, step, size, dtype):
+    """No scale vanishes, and the largest entry is not clipped, or it would have no gradient."""
+    W = (torch.randn(6, 8) * size).to(dtype)
+    raw, state = transform.right_inverse(W)
+    value = transform.forward(raw, state)
+    assert value.dtype == dtype
+    limit = step * W.double().abs().max() + torch.finfo(dtype).smallest_normal
+    assert (value.double() - W.double()).abs().max() <= limit
+
+    def total(W):
+        own = {**raw, "weight": W} if isinstance(raw, dict) else W
+        return transform.forward(own, state).float().sum()
+
+    assert (grad(total)(W) == 1).all()
+
+
 def test_lsq_starts_as_in_the_paper():
     W = torch.randn(6, 8)
     raw, _ = LSQ(bits=4, init="lsq").right_inverse(W)

@@ -26,12 +26,17 @@ def inside(
     lies between the bounds the value is on the upper one's side.
     """
     there = value.detach()
-    least = None if low is None else low.detach() + _step(low.detach(), rounded_to)
-    most = None if high is None else high.detach() - _step(high.detach(), rounded_to)
+    least = None if low is None else low.detach() + step(low.detach(), rounded_to)
+    most = None if high is None else high.detach() - step(high.detach(), rounded_to)
     way = there.clamp(least, most) - there
     if low is None or high is None:
         way = way.nan_to_num(0.0)  # infinity stays where it is
     return value + way
+
+
+def step(bound: Tensor, rounded_to: torch.finfo) -> Tensor:
+    """From a number to the next one of a narrower dtype, or the one behind that."""
+    return (bound.abs() * rounded_to.eps).clamp_min(least_positive(bound.dtype, rounded_to))
 
 
 def is_narrower(rounded_to: torch.finfo, dtype: torch.dtype) -> bool:
@@ -42,8 +47,3 @@ def is_narrower(rounded_to: torch.finfo, dtype: torch.dtype) -> bool:
 def least_positive(dtype: torch.dtype, rounded_to: torch.finfo) -> float:
     """A positive number that is normal in `dtype` and not 0 in the narrower one."""
     return max(torch.finfo(dtype).tiny, rounded_to.tiny * rounded_to.eps)
-
-
-def _step(bound: Tensor, rounded_to: torch.finfo) -> Tensor:
-    """To the number next to the bound, or the one behind that."""
-    return (bound.abs() * rounded_to.eps).clamp_min(least_positive(bound.dtype, rounded_to))

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcparam.transforms.contract.arguments import POSITIVE_INTEGER, expect_argument
+from funcparam.transforms.numerics.inside import step
 from funcparam.transforms.numerics.slices import other_dims
 
 
 def straight_through(value: Tensor, like: Tensor) -> Tensor:
     """`value` to the last bit, with the derivative of `like`."""
     return value.detach() + (like - like.detach())
+
+
+def held(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A scale in a dtype that may be narrower: no less than it, so that nothing is clipped, nor 0.
+
+    In float16 scales of ordinary weights may be so small that they lose digits.
+    """
+    narrow = scale.to(dtype)
+    more = narrow.to(scale.dtype) + step(narrow.to(scale.dtype), torch.finfo(dtype))
+    return torch.where(narrow.to(scale.dtype) < scale, more, scale).to(dtype)
 
 
 def grouped(X: Tensor, group_size: int | None) -> Tensor:
