@@ -28,8 +28,8 @@ from funcparam.transforms.numerics.slices import other_dims
 class Gain(Parts):
     r"""A trained factor over another transform: `Gain(part)` is `g * part(…)`.
 
-    Raw is `{"gain": g}` and the part's under its position, `"0"`, or `"0.magnitude"` of a named
-    tensor; state is the part's, `"0.u"`. The gain is a scalar, or with `dim` one number for each
+    Raw is the part's under its position, `"0"`, or `"0.magnitude"` of a named tensor, and `{"gain":
+    g}`; state is the part's, `"0.u"`. The gain is a scalar, or with `dim` one number for each
     index. For what a constraint takes away, a length above all: `Gain(SpectralNorm())` trains the
     largest singular value, and `Gain(UnitNorm(), dim=0)` is weight normalisation.
 
@@ -103,11 +103,12 @@ class Gain(Parts):
         along = (direction.conj() * unit).real.sum(dims)
         square = (direction.conj() * direction).real.sum(dims)
         gain = along / torch.where(square == 0, 1, square) * (size / own).reshape(along.shape)
-        return {"gain": gain, **merged([raw])}, merged([state])
+        # the first tensor has the dtype of the value
+        return {**merged([raw]), "gain": gain}, merged([state])
 
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         moved, state = super().rebase(raw, state)
-        return {"gain": raw["gain"], **moved}, state
+        return {**moved, "gain": raw["gain"]}, state
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """NaN: it is not measured."""

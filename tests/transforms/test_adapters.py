@@ -319,6 +319,18 @@ def test_sigma_reparam():
     )
 
 
+def test_edm2():
+    """As MPConv of NVlabs/edm2 computes it, whose normalize makes roots of mean squares 1."""
+    X, gain = torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.tensor(0.7)
+    size = X.square().mean((1, 2, 3), keepdim=True).sqrt()
+    expected = X / size * (gain / X[0].numel() ** 0.5)
+    transform, raw = RECIPES["edm2"](), {"0": X, "gain": gain}
+    close(transform.forward(raw, {}), expected)
+    again, _ = transform.rebase(raw, {})
+    close(again["0"].flatten(1).norm(dim=1), torch.ones(4, dtype=torch.float64))
+    close(transform.forward(again, {}), expected)
+
+
 def test_low_rank_plus_diagonal_is_a_covariance():
     W = torch.randn(4, 4, dtype=torch.float64)
     W = W @ W.mT
