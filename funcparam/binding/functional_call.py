@@ -159,7 +159,8 @@ def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
     for many parameters: ties, buffers that the module replaces, and exceptions are treated alike.
     Two things are right that are not there: modules that are used at several places keep their own
     tensors, and `torch.utils.checkpoint` inside of the network computes again with `params`.
-    Nested calls are served; threads that share the network take turns. Where names are unknown, a
+    Nested calls are served; threads that share the network take turns, but two networks that share
+    a part do not know of each other. Where names are unknown, a
     tie is given twice, or `strict` or no `tie_weights` is asked for, it is PyTorch's own.
 
     Args:

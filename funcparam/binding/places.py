@@ -107,7 +107,10 @@ class Places:
 
     def written(self, tensors: list[Any]) -> Iterator[tuple[str, Any]]:
         """The names with another tensor in their first place than was put there."""
-        found: list[Any] = list(map(_get, self.tables, self.keys))
+        try:
+            found = list(map(getitem, self.tables, self.keys))
+        except KeyError:  # the network has deleted one
+            found: list[Any] = list(map(_get, self.tables, self.keys))
         if self._one_each and all(map(is_, found, tensors)):
             return
         firsts: dict[int, int] = {}
@@ -197,7 +200,9 @@ class Tree:
     def is_as_prepared(self) -> bool:
         """Whether all is where it was."""
         tables, entries = self._picture()
-        return entries == self._entries and all(map(is_, tables, self._tables))
+        if len(tables) != len(self._tables) or entries != self._entries:
+            return False
+        return all(map(is_, tables, self._tables))
 
     def places(self, names: list[str]) -> Places | None:
         """Those of some names; None if one of them has none."""
@@ -208,11 +213,11 @@ class Tree:
         return self._last
 
     def _picture(self) -> tuple[list[dict[str, Any]], list[Any]]:
-        """All on which the places depend: the tables, what they hold, and under which keys."""
-        tables: list[dict[str, Any]] = list(chain.from_iterable(map(_tables, self._modules)))
-        filled = list(filter(None, tables))
+        """All on which the places depend: the tables that hold something, what, and its keys."""
+        tables: Any = chain.from_iterable(map(_tables, self._modules))
+        filled: list[dict[str, Any]] = list(filter(None, tables))  # of the rest nothing depends
         entries = cast("Any", chain.from_iterable(map(_values, filled)))
-        return tables, [*map(id, entries), *chain.from_iterable(filled)]
+        return filled, [*map(id, entries), *chain.from_iterable(filled)]
 
 
 def _plain_items(table: dict[str, Any]) -> Any:

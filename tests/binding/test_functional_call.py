@@ -431,3 +431,30 @@ def test_a_block_that_fails_leaves_the_network_as_it_was():
     assert all(a is b for a, b in zip(net._flat_weights, lists, strict=True))
     net.weight_ih_l0 = nn.Parameter(torch.ones(12, 3))
     assert net(torch.ones(2, 1, 3))[0].any()
+
+
+def test_a_parameter_that_became_a_buffer():
+    net = nn.Linear(2, 2)
+    call = fp.functional_call(net)
+    params = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    expected = call(params, (torch.ones(1, 2),))
+    bias = net.bias
+    del net.bias
+    net.register_buffer("bias", bias)  # the same tensor, in the same order
+    assert torch.equal(call(params, (torch.ones(1, 2),)), expected)
+    assert net.bias is bias
+
+
+def test_a_network_that_deletes_a_buffer():
+    class Deletes(nn.Linear):
+        def forward(self, x):
+            out = super().forward(x)
+            del self._buffers["seen"]
+            return out
+
+    net = Deletes(2, 2)
+    net.register_buffer("seen", torch.zeros(1))
+    params = {"weight": torch.ones(2, 2), "seen": torch.ones(1)}
+    fp.functional_call(net)(params, (torch.ones(1, 2),))
+    assert torch.equal(params["seen"], torch.ones(1))
+    assert torch.equal(net.seen, torch.zeros(1))
