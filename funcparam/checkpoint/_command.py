@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from funcparam.checkpoint._contents import Contents
 from funcparam.checkpoint._diff import difference
@@ -103,7 +103,8 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(given: Any, tell: Tell) -> int:
-    found = explain(_entry_of(given.file, given, tell))
+    file = _loaded(given.file, tell)
+    found = explain(file if given.entry is None else _entry_of(given.file, file, given.entry))
     tell("")
     print(found)
     return 0
@@ -120,6 +121,12 @@ def _fold(given: Any, tell: Tell) -> int:
 def _write(given: Any, style: Style, tell: Tell) -> int:
     _expect_room(given.out, given.shards is not None)
     (found,) = _contents([given.file], given, tell)
+    if style != "plain" and all(entry.transform is None for entry in found.p.entries):
+        raise ValueError(
+            f"{str(given.file)!r} holds plain values alone, of which style {style!r} has nothing to"
+            " make: no weight in it has a transform. checkpoint.read(file, p) takes raw and state"
+            " from it, and checkpoint.write(p, raw, state) lays them out"
+        )
     written = rewritten(found, style)
     tell(f"writing {given.out}")
     # beside it, under a name with the same ending: it is there whole or not at all
@@ -168,10 +175,16 @@ def _diff(given: Any, tell: Tell) -> int:
 def _contents(paths: Sequence[Path], given: Any, tell: Tell) -> list[Contents]:
     """What files hold, by the transforms that they say, or by their keys and the rules."""
     rules = [(selector, transform_of(call)) for selector, call in given.rule]
-    files = [_entry_of(path, given, tell) for path in paths]
+    files = [_loaded(path, tell) for path in paths]
+    if given.entry is not None:
+        in_one = any(given.entry in file for file in files)  # the other one may be plain
+        files = [
+            file if in_one and given.entry not in file else _entry_of(path, file, given.entry)
+            for path, file in zip(paths, files, strict=True)
+        ]
     found: list[Contents] = []
     used = False
-    for path, file in zip(paths, files, strict=True):
+    for path, file in zip(paths, map(_raw_and_state, files), strict=True):
         try:
             own = None if said(file) else parametrization_by(tensors_and_others(file)[0], rules)
             used |= own is not None
@@ -184,16 +197,28 @@ def _contents(paths: Sequence[Path], given: Any, tell: Tell) -> list[Contents]:
     return found
 
 
-def _entry_of(path: Path, given: Any, tell: Tell) -> Any:
-    file = load_telling(path, "cpu", tell)
-    if given.entry is None:
+def _loaded(path: Path, tell: Tell) -> Mapping[str, Any]:
+    file: Any = load_telling(path, "cpu", tell)
+    if not isinstance(file, Mapping):
+        got = describe(file)
+        raise TypeError(f"{str(path)!r}: expected a dict of tensors, by key; got {got}")
+    return cast("Mapping[str, Any]", file)
+
+
+def _entry_of(path: Path, file: Mapping[str, Any], entry: str) -> Any:
+    if entry not in file:
+        raise ValueError(f"{str(path)!r}: no entry {entry!r}; got {list(file)[:8]}")
+    if not isinstance(file[entry], Mapping):
+        got = describe(file[entry])
+        raise TypeError(f"{str(path)!r}: expected a dict of tensors in {entry!r}; got {got}")
+    return file[entry]
+
+
+def _raw_and_state(file: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those alone of a training checkpoint that has them beside other entries."""
+    if said(file) or not isinstance(file.get("raw"), Mapping):
         return file
-    if given.entry not in file:
-        raise ValueError(f"{str(path)!r}: no entry {given.entry!r}; got {list(file)[:8]}")
-    if not isinstance(file[given.entry], Mapping):
-        got = describe(file[given.entry])
-        raise TypeError(f"{str(path)!r}: expected a dict of tensors in {given.entry!r}; got {got}")
-    return file[given.entry]
+    return {word: file[word] for word in ("raw", "state", "buffers") if word in file}
 
 
 def _line(message: object) -> str:

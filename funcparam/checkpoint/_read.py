@@ -199,7 +199,7 @@ class _Reader:
             return self._inverted(entry, item, next(iter(parts.values())))
         writer = self._writer(entry, told)
         if writer.transform is None and set(parts) == {"raw"}:
-            if told is None and any(key.startswith(f"{item.head}net.") for key in self.view.keys):
+            if told is None and self._may_have_had_one(item):
                 raise ValueError(_no_value(entry, item))
             return self._inverted(entry, item, parts["raw"])
         spelling = _spelling(writer, item.style, parts.keys())
@@ -220,6 +220,15 @@ class _Reader:
         with torch.no_grad():
             value = inferred.transform.forward(inferred.raw, inferred.state)
         return self._inverted(entry, item, value)
+
+    def _may_have_had_one(self, item: Stored) -> bool:
+        """Whether raw without a rule may be that of a transform: a module has such as `net.NAME`.
+
+        Or nothing here has a rule, and one who writes raw has.
+        """
+        if all(entry.transform is None for entry in self.view.entries):
+            return True
+        return any(key.startswith(f"{item.head}net.") for key in self.view.keys)
 
     def _writer(self, entry: Entry, told: Said | None) -> Entry:
         """The entry that wrote what is stored: this very one, where the file says no other."""

@@ -103,7 +103,11 @@ def _ruled(item: Stored, parts: Mapping[str, Tensor], transform: AnyTransform) -
 
 def _inferred(item: Stored, parts: Mapping[str, Tensor]) -> Entry:
     if item.style == "funcparam" and set(parts) == {"raw"}:
-        return _made(item, None, parts["raw"])
+        raise ValueError(
+            f"{item.keys[0][1]!r} is raw, and the file does not say which transforms it was made"
+            " with: give a rule for each weight, as 'weight' 'Positive()', and '*' 'Identity()' for"
+            " those that had none. What checkpoint.write(p, raw, state) returns says it in the file"
+        )
     inferred = infer(item.style, parts)
     if inferred is None:
         raise ValueError(

@@ -203,6 +203,33 @@ def test_the_entry_of_a_training_checkpoint(here, capsys):
     one_line(capsys, "'a.pt': no entry 'actor'; got ['critic', 'epoch']")
 
 
+def test_diff_takes_the_entry_of_the_file_that_has_it(here, capsys):
+    torch.save({"generator": {"weight": torch.ones(1)}, "epoch": 3}, "g.pt")
+    torch.save({"generator": {"weight": torch.zeros(1)}}, "h.pt")
+    torch.save({"weight": torch.ones(1)}, "plain.pt")
+    for files in (["plain.pt", "g.pt"], ["g.pt", "plain.pt"], ["g.pt", "g.pt"]):
+        assert main(["diff", *files, "--entry", "generator"]) == 0
+    assert main(["diff", "g.pt", "h.pt", "--entry", "generator"]) == 1
+    assert main(["diff", "plain.pt", "g.pt", "--entry", "critic"]) == 2
+    one_line(capsys, "'plain.pt': no entry 'critic'; got ['weight']")
+
+
+@pytest.mark.parametrize("style", ["legacy", "torch", "funcparam"])
+def test_plain_values_are_not_converted(here, style, capsys):
+    checkpoint.save({"weight": torch.ones(2, 2)}, "plain.safetensors")
+    assert main(["convert", "plain.safetensors", "x.pt", "--to", style]) == 2
+    one_line(capsys, "'plain.safetensors' holds plain values alone")
+    assert not (here / "x.pt").exists()
+    assert main(["convert", "plain.safetensors", "x.pt", "--to", "plain"]) == 0
+
+
+def test_a_tensor_is_no_checkpoint(here, capsys):
+    torch.save(torch.ones(2), "a.pt")
+    for more in ((), ("--entry", "w")):
+        assert main(["fold", "a.pt", "b.pt", *more]) == 2
+        one_line(capsys, "expected a dict of tensors, by key; got torch.Tensor")
+
+
 def test_errors_are_one_line_and_write_nothing(here, capsys):
     saved("model.pt")
     cases = {

@@ -123,6 +123,22 @@ def test_usage(monkeypatch, capsys):
             main()
 
 
+@pytest.mark.parametrize("what", ["nowhere.py", "-m nowhere", "-m nowhere.train", "-m os.nowhere"])
+def test_what_is_not_there(what, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compat", *what.split()])
+    try:
+        with pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        if "-m" in what:
+            compat.uninstall()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("funcparam.compat: error: ")
+    assert what.split()[-1] in error
+    assert error.count("\n") == 1
+
+
 def test_running_a_module(tmp_path):
     package = tmp_path / "pkg"
     package.mkdir()
