@@ -282,7 +282,10 @@ def test_bad_raw():
 
 def test_an_optimizer_that_cannot_take_a_shape_says_so():
     net, p, raw, _ = network()
-    message = r"'conv.weight.magnitude' \(kinds= of fp.groups chooses its optimizer\): Muon only supports 2D"
+    message = (
+        r"'conv.weight.magnitude' \(kinds= of fp.groups chooses its optimizer\): "
+        "Muon only supports 2D"
+    )
     with pytest.raises(ValueError, match=message):
         fp.groups(raw, p, net).optimizer(rest=torch.optim.Muon)
     with pytest.raises(ValueError, match="^Invalid learning rate: -1"):
