@@ -313,7 +313,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
     def project(self, params: Any, state: StateTree | None = None) -> Params:
         """Take values to their constraints: the nearest ones, or those that a transform documents.
 
-        [`project_after`][funcparam.project_after] does it after each step. Others stay.
+        [`project_after`][funcparam.project_after] does it after each step. What has no rule stays.
 
         Args:
             params: a module, or parameters as `p` returns them.

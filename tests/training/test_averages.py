@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils._pytree import tree_map
 
 import funcparam as fp
 from funcparam.transforms import (
@@ -23,6 +24,8 @@ from funcparam.transforms import (
     UnitNorm,
     WeightNorm,
 )
+from tests.networks import Tied
+from tests.parametrization.test_shared import turned
 
 close = torch.testing.assert_close
 ORTHOGONAL = {"0.weight": Orthogonal()}
@@ -233,6 +236,34 @@ def test_in_single_and_half_precision(dtype):
         assert max(p.violation(p(*found), found[1]).values()) < 4 * torch.finfo(dtype).eps
     with pytest.raises(ValueError, match="'w': expected points that share .* another 'base'"):
         fp.average([(raw, state), p.rebase(*point)], p)
+
+
+def test_ties_and_values_that_depend_on_others():
+    tied = Tied()
+    q = fp.parametrize(tied, {"encoder.weight": Orthogonal()})
+    raw, state = q.init(tied)
+    for how in ("raw", "values", "karcher"):
+        found = q(*fp.average([(raw, state)] * 2, q, how))
+        assert found["encoder.weight"] is found["decoder.weight"]
+    net, p, raw, state = turned()
+    other = {**raw, "R": raw["R"] + 0.1 * torch.randn_like(raw["R"])}
+    for how in ("raw", "values"):
+        mean, kept = fp.average([(raw, state), (other, state)], p, how)
+        x = torch.randn(5, 3).double()
+        if how == "raw":  # the layers are still turned by one rotation
+            close(functional_call(net, p(mean, kept), (x,)), net(x))
+        assert p.violation(p(mean, kept), kept)["R"] < 1e-12
+
+
+def test_refresh_of_a_stack():
+    net = network()
+    p = fp.parametrize(net, RULES)
+    raw, state = p.init(net)
+    raws, states = tree_map(lambda t: torch.stack([t, t + 0.1 * torch.randn_like(t)]), (raw, state))
+    found = vmap(p.refresh)(raws, states)
+    for i in range(2):
+        own = [tree_map(lambda t, i=i: t[i], tree) for tree in (raws, states, found)]
+        close(p(own[0], own[2]), p(own[0], p.refresh(own[0], own[1])))
 
 
 def test_a_kernel():
