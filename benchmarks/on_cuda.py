@@ -29,7 +29,8 @@ from _timing import interleaved, machine, ratio
 from torch import nn
 
 SIZES = [(1, 64), (32, 64), (8, 256), (64, 256), (1, 1024), (8, 1024)]
-COMPILED = "weight_norm", "spectral_norm", "cayley", "matrix_exp"
+KINDS = "weight_norm", "spectral_norm", "cayley", "matrix_exp"
+COMPILED = ", compiled"
 MEMORY = {"weight_norm": 4096, "spectral_norm": 4096, "cayley": 1024}
 
 
@@ -65,24 +66,19 @@ def of_steps(quick):
 
 
 def compiled(kind, which, backend):
-    """A step of PyTorch's module and of the shell, eager and compiled; cold seconds by side."""
-    functions, cold = step.setting(kind, NETS[which]), {}
+    """A step of PyTorch's module and of the shell, eager and compiled."""
+    functions = step.setting(kind, NETS[which])
+    found = {}
     for side in ("PyTorch", "shell"):
-        start = time.perf_counter()
-        function = torch.compile(functions[side], backend=backend)
-        function()
-        cold[side] = time.perf_counter() - start
-        functions[f"{side}, compiled"] = function
-    sides = "PyTorch", "PyTorch, compiled", "shell", "shell, compiled"
-    case = {"map": kind, "net": which}
-    case |= {f"{side}, s to compile": f"{seconds:.1f}" for side, seconds in cold.items()}
-    return Comparison(case, {side: functions[side] for side in sides})
+        found[side] = functions[side]
+        found[side + COMPILED] = torch.compile(functions[side], backend=backend)
+    return Comparison({"map": kind, "net": which}, found)
 
 
 def of_compiled(quick):
     nets = ("MLP",) if quick else ("MLP", "transformer")
     for which in nets:
-        for kind in COMPILED[:1] if quick else COMPILED:
+        for kind in KINDS[:1] if quick else KINDS:
             torch._dynamo.reset()
             yield compiled(kind, which, "aot_eager" if quick else "inductor")
 
@@ -171,9 +167,16 @@ class Run:
 
     def measured(self, comparison):
         functions = {k: f for k, f in comparison.functions.items() if k != "by hand"}
+        case = dict(comparison.case)
+        for name, function in functions.items():
+            if name.endswith(COMPILED):
+                start = time.perf_counter()
+                function()
+                cold = time.perf_counter() - start
+                case[f"{name.removesuffix(COMPILED)}, s to compile"] = f"{cold:.1f}"
         rounds, seconds = (2, 0.0) if self.quick else (7, 0.02)
         times = interleaved(functions, rounds, seconds, self.device)
-        return {"case": dict(comparison.case), "seconds": times}
+        return {"case": case, "seconds": times}
 
 
 def page(run, conditions):
