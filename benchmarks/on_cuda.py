@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import binding
+import compiled
 import ensemble
 import maml
 import maps
@@ -65,14 +66,20 @@ def of_steps(quick):
                 yield Comparison({"map": kind, "net": which}, step.setting(kind, net))
 
 
-def compiled(kind, which, backend):
-    """A step of PyTorch's module and of the shell, eager and compiled."""
-    functions = step.setting(kind, NETS[which])
-    found = {}
-    for side in ("PyTorch", "shell"):
-        found[side] = functions[side]
-        found[side + COMPILED] = torch.compile(functions[side], backend=backend)
+def eager_and_compiled(kind, which, backend):
+    """Forward and backward in training mode of PyTorch's module and of the shell."""
+    make, _, shape = NETS[which]
+    models, x, found = compiled.pair(kind, make), torch.randn(shape), {}
+    for side, name in (("PyTorch", "torch"), ("shell", "funcparam")):
+        found[side] = differentiated(models[name], models[name], x)
+        call = torch.compile(models[name], backend=backend)
+        found[side + COMPILED] = differentiated(call, models[name], x)
     return Comparison({"map": kind, "net": which}, found)
+
+
+def differentiated(call, model, x):
+    parameters = list(model.parameters())
+    return lambda: torch.autograd.grad(call(x).square().mean(), parameters)
 
 
 def of_compiled(quick):
@@ -80,7 +87,7 @@ def of_compiled(quick):
     for which in nets:
         for kind in KINDS[:1] if quick else KINDS:
             torch._dynamo.reset()
-            yield compiled(kind, which, "aot_eager" if quick else "inductor")
+            yield eager_and_compiled(kind, which, "aot_eager" if quick else "inductor")
 
 
 def peak(device, function):
