@@ -77,8 +77,10 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(case, shape, dty
     wide = [cast(tree, torch.float32) for tree in low]
     # a chain rounds what goes from part to part
     eps = 4 * torch.finfo(dtype).eps if "Chain" in str(case) else 0
-    computed = [case.transform.forward, case.transform.update]
-    # factors are drawn in the dtype, and a scale is rounded up
+    computed = [case.transform.forward]
+    if "Quantize" not in str(case):  # whose scale is rounded up
+        computed.append(case.transform.update)
+    # factors are drawn in the dtype, and the scale of LSQ is rounded up
     if not case.transform.is_adapter and not {"LoRA", "LSQ"} & set(re.findall(r"\w+", str(case))):
         computed.append(inverse(case, value))
     for compute in computed:
