@@ -79,7 +79,8 @@ def evolves(p: P) -> bool:
 
 def gathered(net: nn.Module) -> dict[int, Any]:
     """The sharded parameters of a network, whole, by the ids of their parts."""
-    sharded = [own for own in net.parameters() if whole(own) is not own]
+    every = [own for _, own in net.named_parameters(remove_duplicate=False)]
+    sharded = [own for own in every if whole(own) is not own]
     return {id(own): nn.Parameter(whole(own).detach(), own.requires_grad) for own in sharded}
 
 

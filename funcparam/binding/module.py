@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from inspect import ismethod
@@ -31,6 +31,7 @@ from funcparam.binding.guard import guard, unguard
 from funcparam.binding.kinds import kind
 from funcparam.binding.making import evolves, gathered, parts_of
 from funcparam.binding.modes import fx_tracer
+from funcparam.binding.naming import name_raw, unname_raw
 from funcparam.binding.pins import is_checkpointed, settle
 from funcparam.binding.places import Place, lock_of
 from funcparam.binding.slots import Slots, places, refuse_write
@@ -143,14 +144,15 @@ class Parametrized(nn.Module):
         ruled = self._ruled = parts.ruled
         self.parametrization, self.recompute = p, recompute
         self._layout, self._flags = list(map(layout, ruled.entries)), parts.flags
-        self.net, self.raw, self.state = parts.net, Held(), Held()
-        for entry in ruled.entries:
-            state = parts.state.get(entry.name, {})
-            self._hold(entry, parts.raw[entry.name], state, entry.name in parts.buffers)
         names = {name for entry in ruled.entries for name in entry.names}
         self._evaluation = Evaluation(ruled, names - parts.buffers, recompute=recompute)
         self._evolves = evolves(ruled)
+        vars(self)["_modules"] |= {"net": parts.net, "raw": Held(), "state": Held()}
+        for entry in ruled.entries:
+            state = parts.state.get(entry.name, {})
+            self._hold(entry, parts.raw[entry.name], state, entry.name in parts.buffers)
         guard(place for own in self._looked_up().at.values() for place in own)
+        name_raw(parts.net, self.raw, [entry.names for entry in ruled.entries])
         self.register_load_state_dict_post_hook(loading.in_words_of_the_file)
         self.training = net.training
 
@@ -207,6 +209,8 @@ class Parametrized(nn.Module):
             if net is None or name.startswith("__"):
                 raise
         found = getattr(net, name)
+        if found is None and self._is_ruled(name):
+            return self.values()[name]
         if not (ismethod(found) and found.__self__ is net):
             return found
 
@@ -216,6 +220,49 @@ class Parametrized(nn.Module):
                 return getattr(net, name)(*args, **kwargs)
 
         return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What this has not, and the network has, is set there, where something reads it."""
+        net = self.__dict__.get("_modules", {}).get("net")
+        if net is None or _has(self, name) or not hasattr(net, name):
+            super().__setattr__(name, value)
+            return
+        if self._is_ruled(name):
+            raise AttributeError(
+                f"{name!r} of this Parametrized's network has a rule, so its value is computed."
+                f" Load another one: model.load_state_dict({{{name!r}: value}}, strict=False)"
+            )
+        if isinstance(getattr(net, name), nn.Module):
+            raise AttributeError(
+                f"{name!r} is a module of this Parametrized's network, of which the parametrization"
+                " knows the parameters. Replace modules before the Parametrized is made, or make"
+                " another one"
+            )
+        setattr(net, name, value)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """Apply `fn` to every module, as [`torch.nn.Module.apply`][] does.
+
+        Raises:
+            RuntimeError: `fn` fails at a module whose weight has a rule: its place is empty.
+        """
+        owners = {place.owner: name for name, own in self._looked_up().at.items() for place in own}
+
+        def told(module: nn.Module) -> None:
+            try:
+                fn(module)
+            except (AttributeError, TypeError) as error:
+                if module not in owners:
+                    raise
+                name = owners[module]
+                raise RuntimeError(
+                    f"apply failed at the module of {name!r}, which has a rule: its value is"
+                    f" computed, and its place is empty ({error}). Initialise the network before"
+                    " the Parametrized is made, or load values:"
+                    f" model.load_state_dict({{{name!r}: value}}, strict=False)"
+                ) from error
+
+        return super().apply(told)
 
     # Looking
 
@@ -301,8 +348,10 @@ class Parametrized(nn.Module):
         self._expect_empty()
         values = self._ruled(*whole(self._own()))
         memo |= {i: own for i, own in gathered(self._net).items() if i not in memo}
+        memo[id(self.raw)] = self.raw
         net = copy_of(self._net, memo)
         unguard(net)
+        unname_raw(net, self.raw)
         for entry in self._ruled.entries:
             value = values[entry.name].detach().clone(memory_format=torch.contiguous_format)
             for slot in places(net, entry.names):
@@ -379,6 +428,9 @@ class Parametrized(nn.Module):
     def _net(self) -> nn.Module:
         return cast("nn.Module", self._modules["net"])
 
+    def _is_ruled(self, name: str) -> bool:
+        return any(name in entry.names for entry in self._ruled.entries)
+
     def _hold(self, entry: Entry, raw: Raw, state: State, is_buffer: bool) -> None:  # noqa: FBT001
         for path, tensor in paths(entry.name, raw):
             key = path.removeprefix(entry.name).removeprefix(".")
@@ -443,6 +495,13 @@ class Parametrized(nn.Module):
 
 def _kind(base: type[Parametrized], net: type[nn.Module]) -> type[Parametrized]:
     return kind(base, net, cast("FunctionType", Parametrized.forward))
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module itself has something under a name."""
+    own = vars(module)
+    tables = (own, own["_parameters"], own["_buffers"], own["_modules"])
+    return any(name in table for table in tables) or hasattr(type(module), name)
 
 
 def _blank(base: type[Parametrized], net: type[nn.Module]) -> Parametrized:
