@@ -146,6 +146,20 @@ def test_rotations(tmp_path):
     assert int(re.search(r"at most (\d+)$", out, re.MULTILINE)[1]) <= 15
 
 
+def test_many_adapters(tmp_path):
+    picture = tmp_path / "many_adapters.png"
+    out = python(ROOT / "examples" / "many_adapters.py", "--quick", "--out", picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    sizes = {"shuffled": (2, 19202), "pairs exchanged": (4, 37634), "reversed": (8, 74498)}
+    for task, size in sizes.items():
+        row = re.search(rf"^{task} +(\d+) +(\d+) +\S+ +(\S+) +(\S+) +(\S+)$", out, re.MULTILINE)
+        assert (int(row[1]), int(row[2])) == size
+        assert abs(float(row[3]) - float(row[4])) < 0.1
+        assert float(row[5]) < 1e-3  # together or by itself
+    for change in re.findall(r"logits of the others change by (\S+)$", out, re.MULTILINE):
+        assert float(change) < 1e-5
+
+
 def test_stiefel(tmp_path):
     picture = tmp_path / "stiefel.png"
     out = python(ROOT / "examples" / "stiefel.py", "--quick", "--out", picture)
