@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from functools import wraps
-from inspect import ismethod
 from os import PathLike
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from funcparam.binding import loading
+from funcparam.binding import attributes, loading
 from funcparam.binding.binding import Binding, call_traced, traced
 from funcparam.binding.dotted import (
     Held,
@@ -208,61 +206,19 @@ class Parametrized(nn.Module):
             net = self.__dict__.get("_modules", {}).get("net")
             if net is None or name.startswith("__"):
                 raise
-        found = getattr(net, name)
-        if found is None and self._is_ruled(name):
-            return self.values()[name]
-        if not (ismethod(found) and found.__self__ is net):
-            return found
-
-        @wraps(found)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            with self.bound() as net:
-                return getattr(net, name)(*args, **kwargs)
-
-        return method
+        return attributes.get(self, net, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What this has not, and the network has, is set there, where something reads it."""
         net = self.__dict__.get("_modules", {}).get("net")
-        if net is None or _has(self, name) or not hasattr(net, name):
+        if net is None or not attributes.is_nets(self, net, name):
             super().__setattr__(name, value)
-            return
-        if self._is_ruled(name):
-            raise AttributeError(
-                f"{name!r} of this Parametrized's network has a rule, so its value is computed."
-                f" Load another one: model.load_state_dict({{{name!r}: value}}, strict=False)"
-            )
-        if isinstance(getattr(net, name), nn.Module):
-            raise AttributeError(
-                f"{name!r} is a module of this Parametrized's network, of which the parametrization"
-                " knows the parameters. Replace modules before the Parametrized is made, or make"
-                " another one"
-            )
-        setattr(net, name, value)
+        else:
+            attributes.put(self, net, name, value)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
-        """Apply `fn` to every module, as [`torch.nn.Module.apply`][] does.
-
-        Raises:
-            RuntimeError: `fn` fails at a module whose weight has a rule: its place is empty.
-        """
-        owners = {place.owner: name for name, own in self._looked_up().at.items() for place in own}
-
-        def told(module: nn.Module) -> None:
-            try:
-                fn(module)
-            except (AttributeError, TypeError) as error:
-                if module not in owners:
-                    raise
-                name = owners[module]
-                raise RuntimeError(
-                    f"apply failed at the module of {name!r}, which has a rule: its value is"
-                    f" computed, and its place is empty ({error}). Initialise the network before"
-                    " the Parametrized is made, or load values:"
-                    f" model.load_state_dict({{{name!r}: value}}, strict=False)"
-                ) from error
-
-        return super().apply(told)
+        """As of any module; an error of `fn` where a weight has a rule says what to do."""
+        return super().apply(attributes.saying_why(fn, self._looked_up()))
 
     # Looking
 
@@ -428,9 +384,6 @@ class Parametrized(nn.Module):
     def _net(self) -> nn.Module:
         return cast("nn.Module", self._modules["net"])
 
-    def _is_ruled(self, name: str) -> bool:
-        return any(name in entry.names for entry in self._ruled.entries)
-
     def _hold(self, entry: Entry, raw: Raw, state: State, is_buffer: bool) -> None:  # noqa: FBT001
         for path, tensor in paths(entry.name, raw):
             key = path.removeprefix(entry.name).removeprefix(".")
@@ -495,13 +448,6 @@ class Parametrized(nn.Module):
 
 def _kind(base: type[Parametrized], net: type[nn.Module]) -> type[Parametrized]:
     return kind(base, net, cast("FunctionType", Parametrized.forward))
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    """Whether a module itself has something under a name."""
-    own = vars(module)
-    tables = (own, own["_parameters"], own["_buffers"], own["_modules"])
-    return any(name in table for table in tables) or hasattr(type(module), name)
 
 
 def _blank(base: type[Parametrized], net: type[nn.Module]) -> Parametrized:

@@ -1,0 +1,101 @@
+"""What a shell has not, its network has: attributes, methods, and what is applied to layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
+from inspect import ismethod
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from funcparam.binding.slots import Slots
+from funcparam.parametrization.parametrization import Parametrization
+
+
+class Shell(Protocol):
+    """What is said here of a shell."""
+
+    @property
+    def parametrization(self) -> Parametrization[dict[str, Tensor]]:
+        """Its parametrization."""
+        ...
+
+    def values(self) -> dict[str, Tensor]:
+        """The tensors that its network is called with."""
+        ...
+
+    def bound(self) -> AbstractContextManager[nn.Module]:
+        """A block in which its network has them."""
+        ...
+
+
+def get(shell: Shell, net: nn.Module, name: str) -> Any:
+    """The network's attribute; its methods run with the values in place."""
+    found = getattr(net, name)
+    if found is None and _is_ruled(shell, name):
+        return shell.values()[name]
+    if not (ismethod(found) and found.__self__ is net):
+        return found
+
+    @wraps(found)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        with shell.bound() as net:
+            return getattr(net, name)(*args, **kwargs)
+
+    return method
+
+
+def is_nets(shell: nn.Module, net: nn.Module, name: str) -> bool:
+    """Whether the network has an attribute, and the shell itself has none of that name."""
+    own = vars(shell)
+    tables = (own, own["_parameters"], own["_buffers"], own["_modules"])
+    is_own = any(name in table for table in tables) or hasattr(type(shell), name)
+    return not is_own and hasattr(net, name)
+
+
+def put(shell: Shell, net: nn.Module, name: str, value: Any) -> None:
+    """Set the network's attribute.
+
+    Raises:
+        AttributeError: it is a weight that has a rule, or a module.
+    """
+    if _is_ruled(shell, name):
+        raise AttributeError(
+            f"{name!r} of this Parametrized's network has a rule, so its value is computed."
+            f" Load another one: model.load_state_dict({{{name!r}: value}}, strict=False)"
+        )
+    if isinstance(getattr(net, name), nn.Module):
+        raise AttributeError(
+            f"{name!r} is a module of this Parametrized's network, of which the parametrization"
+            " knows the parameters. Replace modules before the Parametrized is made, or make"
+            " another one"
+        )
+    setattr(net, name, value)
+
+
+def saying_why(fn: Callable[[nn.Module], None], slots: Slots) -> Callable[[nn.Module], None]:
+    """What is applied to layers; where it fails for want of a weight, the error says so."""
+    owners = {place.owner: name for name, own in slots.at.items() for place in own}
+
+    def told(module: nn.Module) -> None:
+        try:
+            fn(module)
+        except (AttributeError, TypeError) as error:
+            if module not in owners:
+                raise
+            name = owners[module]
+            raise RuntimeError(
+                f"apply failed at the module of {name!r}, which has a rule: its value is"
+                f" computed, and its place is empty ({error}). Initialise the network before"
+                " the Parametrized is made, or load values:"
+                f" model.load_state_dict({{{name!r}: value}}, strict=False)"
+            ) from error
+
+    return told
+
+
+def _is_ruled(shell: Shell, name: str) -> bool:
+    entries = shell.parametrization.entries
+    return any(name in entry.names and entry.transform is not None for entry in entries)
