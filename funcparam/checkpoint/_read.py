@@ -56,14 +56,16 @@ def read(
         p: the parametrization to read for; None for the one that wrote the file, where the file
             says which one it was. Of tied names any may be there.
         buffers: names that the network has beside those of `p`, which are then nothing else.
-        strict: whether every name of `p` has to be there. If not, `missing` has those that are not.
+        strict: whether every name of `p` has to be there. If not, `missing` has those that are not;
+            a weight that is there has to be whole.
         known: as for [`parametrization`][funcparam.checkpoint.parametrization].
         generator: as for [`Parametrization.init`][funcparam.Parametrization.init].
 
     Returns:
         The [`Contents`][funcparam.checkpoint.Contents], copied, in the dtypes of `p`:
         `raw, state, others = read(...)`. `others` is what `p` does not hold: the network's
-        buffers, which `net.load_state_dict(others, strict=False)` takes.
+        buffers, which `net.load_state_dict(others, strict=False)` takes. What else the file has
+        is there too; `load_state_dict` returns it as `unexpected_keys`.
 
     Raises:
         TypeError: something in `state_dict` is not a tensor.
