@@ -44,7 +44,7 @@ class Interval(Transform[Tensor]):
         >>> Interval(-1, 1).forward(raw, state)
         tensor([0.5000])
         >>> Interval(-1, 1).forward(raw, {**state, "high": torch.tensor(3.0)})
-        tensor([2.0000])
+        tensor([2.])
 
     Source: Stan reference manual, lower and upper bounded scalar.
     """
