@@ -146,6 +146,23 @@ def test_rotations(tmp_path):
     assert int(re.search(r"at most (\d+)$", out, re.MULTILINE)[1]) <= 15
 
 
+def test_few_shot(tmp_path):
+    picture = tmp_path / "few_shot.png"
+    out = python(ROOT / "examples" / "few_shot_digits.py", "--quick", "--out", picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    found = re.findall(
+        r"^(MAML|ANIL|Reptile) +(plain|weight norm|orthogonal) +([\d. ]+)$", out, re.MULTILINE
+    )
+    assert len(found) == 9
+    times = {(method, rules): float(row.split()[-1]) for method, rules, row in found}
+    for rules in ("plain", "weight norm", "orthogonal"):
+        assert times["ANIL", rules] < times["MAML", rules]
+    for method, _, row in found:
+        _, none, *_, twenty, _ = map(float, row.split())
+        assert abs(none - 0.2) < 0.1  # labels have no meaning before a task is seen
+        assert method == "ANIL" or twenty > 0.35
+
+
 def test_many_adapters(tmp_path):
     picture = tmp_path / "many_adapters.png"
     out = python(ROOT / "examples" / "many_adapters.py", "--quick", "--out", picture)
