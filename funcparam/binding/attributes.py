@@ -47,20 +47,18 @@ def get(shell: Shell, net: nn.Module, name: str) -> Any:
     return method
 
 
-def is_nets(shell: nn.Module, net: nn.Module, name: str) -> bool:
-    """Whether the network has an attribute, and the shell itself has none of that name."""
-    own = vars(shell)
-    tables = (own, own["_parameters"], own["_buffers"], own["_modules"])
-    is_own = any(name in table for table in tables) or hasattr(type(shell), name)
-    return not is_own and hasattr(net, name)
+def put(shell: Any, name: str, value: Any) -> bool:
+    """Set the network's attribute, if it has one and the shell itself has none of that name.
 
-
-def put(shell: Shell, net: nn.Module, name: str, value: Any) -> None:
-    """Set the network's attribute.
+    Returns:
+        Whether it was set there.
 
     Raises:
         AttributeError: it is a weight that has a rule, or a module.
     """
+    net: Any = vars(shell).get("_modules", {}).get("net")
+    if net is None or _has(shell, name) or not hasattr(net, name):
+        return False
     if _is_ruled(shell, name):
         raise AttributeError(
             f"{name!r} of this Parametrized's network has a rule, so its value is computed."
@@ -73,6 +71,7 @@ def put(shell: Shell, net: nn.Module, name: str, value: Any) -> None:
             " another one"
         )
     setattr(net, name, value)
+    return True
 
 
 def saying_why(fn: Callable[[nn.Module], None], slots: Slots) -> Callable[[nn.Module], None]:
@@ -94,6 +93,12 @@ def saying_why(fn: Callable[[nn.Module], None], slots: Slots) -> Callable[[nn.Mo
             ) from error
 
     return told
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    own = vars(module)
+    tables = (own, own["_parameters"], own["_buffers"], own["_modules"])
+    return any(name in table for table in tables) or hasattr(type(module), name)
 
 
 def _is_ruled(shell: Shell, name: str) -> bool:

@@ -27,7 +27,7 @@ from funcparam.binding.evaluation import Evaluation, Values
 from funcparam.binding.fold import copy_of
 from funcparam.binding.guard import guard, unguard
 from funcparam.binding.kinds import kind
-from funcparam.binding.making import evolves, gathered, parts_of
+from funcparam.binding.making import Parts, evolves, gathered, parts_of
 from funcparam.binding.modes import fx_tracer
 from funcparam.binding.naming import name_raw, unname_raw
 from funcparam.binding.pins import is_checkpointed, settle
@@ -147,8 +147,7 @@ class Parametrized(nn.Module):
         self._evolves = evolves(ruled)
         vars(self)["_modules"] |= {"net": parts.net, "raw": Held(), "state": Held()}
         for entry in ruled.entries:
-            state = parts.state.get(entry.name, {})
-            self._hold(entry, parts.raw[entry.name], state, entry.name in parts.buffers)
+            self._hold(entry, parts)
         guard(place for own in self._looked_up().at.values() for place in own)
         name_raw(parts.net, self.raw, [entry.names for entry in ruled.entries])
         self.register_load_state_dict_post_hook(loading.in_words_of_the_file)
@@ -210,11 +209,8 @@ class Parametrized(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What this has not, and the network has, is set there, where something reads it."""
-        net = self.__dict__.get("_modules", {}).get("net")
-        if net is None or not attributes.is_nets(self, net, name):
+        if not attributes.put(self, name, value):
             super().__setattr__(name, value)
-        else:
-            attributes.put(self, net, name, value)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
         """As of any module; an error of `fn` where a weight has a rule says what to do."""
@@ -230,7 +226,7 @@ class Parametrized(nn.Module):
         self._expect_empty()
         raw, state = self._own()
         every = {
-            e.name: raw[e.name] if e.transform else self._at(e)[0].read()
+            e.name: raw[e.name] if e.transform else places(self._net, e.names)[0].read()
             for e in self.parametrization.entries
         }
         return every, state
@@ -384,12 +380,14 @@ class Parametrized(nn.Module):
     def _net(self) -> nn.Module:
         return cast("nn.Module", self._modules["net"])
 
-    def _hold(self, entry: Entry, raw: Raw, state: State, is_buffer: bool) -> None:  # noqa: FBT001
-        for path, tensor in paths(entry.name, raw):
+    def _hold(self, entry: Entry, parts: Parts) -> None:
+        for path, tensor in paths(entry.name, parts.raw[entry.name]):
             key = path.removeprefix(entry.name).removeprefix(".")
             grad = self._flags[entry.name] or cast("Any", entry.transform).adapts(key)
-            place(self.raw, path, tensor if is_buffer else nn.Parameter(tensor, requires_grad=grad))
-        for path, tensor in paths(entry.name, state):
+            if entry.name not in parts.buffers:
+                tensor = nn.Parameter(tensor, requires_grad=grad)
+            place(self.raw, path, tensor)
+        for path, tensor in paths(entry.name, parts.state.get(entry.name, {})):
             place(self.state, path, tensor)
 
     def _own(self) -> tuple[dict[str, Raw], dict[str, State]]:
@@ -435,15 +433,12 @@ class Parametrized(nn.Module):
 
     def _traced(self) -> list[tuple[Tensor, Place]]:
         """The values of the next call for a compiler, and where they go."""
-        found = [(e.name, at) for e in self._ruled.entries for at in self._at(e)]
+        found = [(e.name, at) for e in self._ruled.entries for at in places(self._net, e.names)]
         for name, at in found:
             if isinstance(at.read(), nn.Parameter):  # what a block around this put there is none
                 refuse_write(name)
         tensors = self._next().tensors
         return [(tensors[name], at) for name, at in found]
-
-    def _at(self, entry: Entry) -> list[Place]:
-        return places(self._net, entry.names)
 
 
 def _kind(base: type[Parametrized], net: type[nn.Module]) -> type[Parametrized]:
