@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import ismethod
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -56,7 +56,7 @@ def put(shell: Any, name: str, value: Any) -> bool:
     Raises:
         AttributeError: it is a weight that has a rule, or a module.
     """
-    net: Any = vars(shell).get("_modules", {}).get("net")
+    net = cast("Any", vars(shell)).get("_modules", {}).get("net")
     if net is None or _has(shell, name) or not hasattr(net, name):
         return False
     if _is_ruled(shell, name):
