@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar, final
 
 import torch
@@ -171,9 +170,8 @@ class SpectralNorm(Transform[Tensor]):
     def _direction(self, vector: Tensor, last: Tensor) -> Tensor:
         """`vector` with norm 1; the last one where it is zero or its norm overflows."""
         norm: Tensor = linalg.vector_norm(vector, dim=-1, keepdim=True)
-        return torch.where(
-            (norm > self.eps) & (norm < inf), vector / norm.clamp_min(self.eps), last
-        )
+        usable = norm.clamp(self.eps, torch.finfo(norm.dtype).max)
+        return torch.where(norm == usable, vector / usable, last)
 
     def _divisor(self, sigma: Tensor) -> Tensor:
         """Sigma, and 1 more where it counts as zero."""
