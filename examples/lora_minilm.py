@@ -192,7 +192,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="few steps and sentences, for a test")
     parser.add_argument("--out", default="lora.png", help="where the picture goes")
     options = parser.parse_args()
-    steps, size = (4, (160, 80)) if options.quick else (60, (960, 240))
+    steps, size = (4, (80, 40)) if options.quick else (60, (960, 240))
     torch.manual_seed(0)
     net = Classifier().eval().requires_grad_(False)
     training, test = data(*size, TASKS)
