@@ -16,11 +16,11 @@ import logging
 import math
 import statistics
 import time
-from pydoc_data.topics import topics
 
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
+from documentation import CONTEXT, documentation, draw
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
@@ -36,7 +36,7 @@ from funcparam.transforms import Orthogonal, SpectralNorm, WeightNorm
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-WIDTH, HEADS, CONTEXT, BATCH = 64, 4, 64, 16
+WIDTH, HEADS = 64, 4
 RATE, BETAS, EPS = 1e-2, (0.9, 0.99), 1e-8
 EQUAL, COMPILING = 10, 2  # first steps: whose losses are compared, in which graphs are compiled
 
@@ -82,21 +82,6 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
-
-
-def documentation():
-    """Python's documentation as numbers, one a character: the first nine tenths, and the rest."""
-    text = "\n".join(topics[name] for name in sorted(topics))
-    symbols = {c: i for i, c in enumerate(sorted(set(text)))}
-    tokens = torch.tensor([symbols[c] for c in text])
-    cut = len(tokens) * 9 // 10
-    return tokens[:cut], tokens[cut:], len(symbols)
-
-
-def draw(tokens, generator, count=BATCH):
-    starts = torch.randint(len(tokens) - CONTEXT, (count, 1), generator=generator)
-    windows = tokens[starts + torch.arange(CONTEXT + 1)]
-    return windows[:, :-1], windows[:, 1:]
 
 
 def cross_entropy(logits, y):
