@@ -199,6 +199,23 @@ def test_stiefel(tmp_path):
         assert components[key][2] > 5  # sparser than at the start
 
 
+def test_ngpt(tmp_path):
+    picture = tmp_path / "ngpt.png"
+    out = python(ROOT / "examples" / "ngpt.py", "--quick", "--out", picture)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    row = re.compile(r"^(plain|weight norm|nGPT) +\d+ +(\S+) +\S+ +(.+)$", re.MULTILINE)
+    found = {
+        label: (float(loss), [float(n) for n in re.findall(r"\d\S*", lengths)])
+        for label, loss, lengths in row.findall(out)
+    }
+    assert found.keys() == {"plain", "weight norm", "nGPT"}
+    assert all(loss < 3.2 for loss, _ in found.values())  # frequencies of letters: 3.24
+    for label in ("plain", "weight norm"):
+        assert found[label][1][-1] > 0.1
+    assert found["nGPT"][1][:4] == [1, 1, 1, 1]
+    assert found["nGPT"][1][4] < 1e-5
+
+
 def rows(text, after, columns):
     """The rows of numbers below the head of a table."""
     lines = text[text.index(after) :].splitlines()[1:]
