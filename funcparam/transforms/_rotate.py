@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -18,9 +19,46 @@ from funcparam.transforms.contract.base import (
 from funcparam.transforms.contract.precision import autocast_off
 
 
+@dataclass(frozen=True)
+class _Turned(Transform[Mapping[str, Tensor]]):
+    """A frozen value, and what is turned by that of another weight."""
+
+    is_adapter: ClassVar[bool] = True
+
+    rotation: str
+
+    def __post_init__(self) -> None:
+        expect_name(self, "rotation")
+
+    @abstractmethod
+    def _turned(self, base: Tensor, R: Tensor | None) -> Tensor: ...
+
+    def takes(self) -> Mapping[str, str]:
+        return {"rotation": self.rotation}
+
+    def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        return self._turned(state["base"], state.get("rotation"))
+
+    def right_inverse(
+        self, value: Tensor, *, generator: torch.Generator | None = None
+    ) -> tuple[Mapping[str, Tensor], State]:
+        return {}, {"base": value}
+
+    def settled(self, state: State) -> State:
+        return {**state, "base": self._turned(state["base"], state["rotation"].mH)}
+
+    def violation(self, value: Tensor, state: State) -> Tensor:
+        """NaN: it is not measured."""
+        return value.real.new_full((), torch.nan)
+
+    def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
+        """Zero: nothing is free but what other weights have."""
+        return state["base"].real.new_zeros(())
+
+
 @final
 @dataclass(frozen=True)
-class RotateIn(Transform[Mapping[str, Tensor]]):
+class RotateIn(_Turned):
     r"""A frozen weight whose inputs are turned by the value of another weight.
 
     $$W = W_0 \operatorname{diag}(R, \dots, R)$$
@@ -62,34 +100,8 @@ class RotateIn(Transform[Mapping[str, Tensor]]):
     Source: Ashkboos et al., QuaRot, arXiv 2404.00456; Liu et al., SpinQuant, arXiv 2405.16406.
     """
 
-    is_adapter: ClassVar[bool] = True
-
-    rotation: str
-
-    def __post_init__(self) -> None:
-        expect_name(self, "rotation")
-
-    def takes(self) -> Mapping[str, str]:
-        return {"rotation": self.rotation}
-
-    def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        return _turned(state["base"], state.get("rotation"))
-
-    def right_inverse(
-        self, value: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Mapping[str, Tensor], State]:
-        return {}, {"base": value}
-
-    def settled(self, state: State) -> State:
-        return {**state, "base": _turned(state["base"], state["rotation"].mH)}
-
-    def violation(self, value: Tensor, state: State) -> Tensor:
-        """NaN: it is not measured."""
-        return value.real.new_full((), torch.nan)
-
-    def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        """Zero: nothing is free but what other weights have."""
-        return state["base"].real.new_zeros(())
+    def _turned(self, base: Tensor, R: Tensor | None) -> Tensor:
+        return _turned(base, R)
 
     def check(self, value: Tensor) -> None:
         super().check(value)
@@ -99,7 +111,7 @@ class RotateIn(Transform[Mapping[str, Tensor]]):
 
 @final
 @dataclass(frozen=True)
-class RotateOut(Transform[Mapping[str, Tensor]]):
+class RotateOut(_Turned):
     r"""A frozen weight or bias whose outputs are turned by the value of another weight.
 
     $$W = \operatorname{diag}(R, \dots, R)^H W_0$$
@@ -129,35 +141,10 @@ class RotateOut(Transform[Mapping[str, Tensor]]):
     Source: as `RotateIn`.
     """
 
-    is_adapter: ClassVar[bool] = True
-
-    rotation: str
-
-    def __post_init__(self) -> None:
-        expect_name(self, "rotation")
-
-    def takes(self) -> Mapping[str, str]:
-        return {"rotation": self.rotation}
-
-    def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        R = state.get("rotation")
-        return _outputs_turned(state["base"], R)
-
-    def right_inverse(
-        self, value: Tensor, *, generator: torch.Generator | None = None
-    ) -> tuple[Mapping[str, Tensor], State]:
-        return {}, {"base": value}
-
-    def settled(self, state: State) -> State:
-        return {**state, "base": _outputs_turned(state["base"], state["rotation"].mH)}
-
-    def violation(self, value: Tensor, state: State) -> Tensor:
-        """NaN: it is not measured."""
-        return value.real.new_full((), torch.nan)
-
-    def log_abs_det_jacobian(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
-        """Zero: nothing is free but what other weights have."""
-        return state["base"].real.new_zeros(())
+    def _turned(self, base: Tensor, R: Tensor | None) -> Tensor:
+        if R is None:
+            return base
+        return _turned(base, R.conj()) if base.ndim == 1 else _turned(base.mT, R.conj()).mT
 
     def check(self, value: Tensor) -> None:
         expect_inexact(self, value)
@@ -180,11 +167,3 @@ def _turned(base: Tensor, R: Tensor | None) -> Tensor:
         wide = torch.promote_types(torch.promote_types(base.dtype, R.dtype), torch.float32)
         blocks = base.reshape(*base.shape[:-1], base.shape[-1] // R.shape[0], R.shape[0])
         return (blocks.to(wide) @ R.to(wide)).reshape(base.shape).to(base.dtype)
-
-
-def _outputs_turned(base: Tensor, R: Tensor | None) -> Tensor:
-    if R is None:
-        return base
-    if base.ndim == 1:
-        return _turned(base, R.conj())
-    return _turned(base.mT, R.conj()).mT

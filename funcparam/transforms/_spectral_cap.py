@@ -74,7 +74,6 @@ class SpectralCap(Transform[Tensor]):
         W = (Q + (Y - Q) @ below @ below) * state["cap"]
         return torch.where(kept, raw, W.mH if wide else W)
 
-    @full_precision
     def right_inverse(
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, State]:
