@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from funcparam.binding import watch
 from funcparam.binding.places import Place, Places, changed
+from funcparam.binding.recompute import version
 
 if TYPE_CHECKING:
     from funcparam.binding.reading import Reading
@@ -70,6 +71,23 @@ class Binding:
         self.places.put_back(self._taken)
         self._taken = None
         self._held.__exit__(None, None, None)
+
+    def written(self, before: Sequence[Any]) -> dict[str, Any]:
+        """What was put in the place of a value since, and values that were written to.
+
+        What is differentiated is part of a computation, and no write.
+
+        Args:
+            before: what [`marks`][..marks] was when the block began.
+        """
+        marked = zip(self.places.names, self.tensors, before, self.marks(), strict=True)
+        found = {name: value for name, value, old, new in marked if old != new and old[1] is new[1]}
+        found |= self.places.written(self.tensors)
+        return found if self._reading is None else found | self._reading.written()
+
+    def marks(self) -> list[tuple[int, Any]]:
+        """How often each value was written to, and what it was made by."""
+        return [(version(t), t.grad_fn) for t in self.tensors]
 
     def again(self, instead: Mapping[int, Tensor]) -> Binding:
         """The same once more, with other tensors in the place of those of some ids.

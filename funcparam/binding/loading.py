@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from funcparam.binding.dotted import paths
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.parametrize import parametrize
-from funcparam.parametrization.sharding import sharded_like
+from funcparam.parametrization.sharding import sharded_like, whole
+from funcparam.transforms.contract.base import Raw, State
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -25,6 +27,10 @@ class Shell(Protocol):
     @property
     def parametrization(self) -> Parametrization[dict[str, Tensor]]:
         """Its parametrization."""
+        ...
+
+    def raw_and_state(self) -> tuple[dict[str, Raw], dict[str, State]]:
+        """Its tensors as `p` takes them."""
         ...
 
     def state_dict(self, *, keep_vars: bool) -> Mapping[str, Any]:
@@ -149,7 +155,9 @@ def _read(
     file._metadata = {"": metadata}
     buffers = {key.removeprefix("net.") for key in own if key.startswith("net.")}
     p = model.parametrization
-    found = take(file, p, buffers=buffers - {n for e in p.entries for n in e.names}, strict=False)
+    buffers -= {name for entry in p.entries for name in entry.names}
+    beside = partial(whole, model.raw_and_state())
+    found = take(file, p, buffers=buffers, strict=False, beside=beside)
     warn_of_moves(found, prefix, stacklevel=7)
     new: dict[str, Any] = {f"net.{key}": tensor for key, tensor in found.others.items()}
     for entry in (entry for entry in p.entries if entry.name in found.raw):

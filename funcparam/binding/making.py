@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from funcparam.binding.dotted import paths, place
 from funcparam.binding.fold import copy_of
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.sharding import whole
@@ -30,6 +31,18 @@ class Parts(NamedTuple):
     """Whether the network trained each weight that has a rule."""
     buffers: set[str]
     """Which of them are buffers of the network."""
+
+    def hold(self, raw: nn.Module, state: nn.Module) -> None:
+        """Keep raw and state below two modules, what trains as parameters."""
+        for entry in self.ruled.entries:
+            for path, tensor in paths(entry.name, self.raw[entry.name]):
+                key = path.removeprefix(entry.name).removeprefix(".")
+                trains = self.flags[entry.name] or cast("Any", entry.transform).adapts(key)
+                if entry.name not in self.buffers:
+                    tensor = nn.Parameter(tensor, requires_grad=trains)
+                place(raw, path, tensor)
+            for path, tensor in paths(entry.name, self.state.get(entry.name, {})):
+                place(state, path, tensor)
 
 
 def parts_of(

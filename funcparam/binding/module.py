@@ -20,20 +20,18 @@ from funcparam.binding.dotted import (
     collect,
     layout,
     overwrite,
-    paths,
-    place,
 )
 from funcparam.binding.evaluation import Evaluation, Values
 from funcparam.binding.fold import copy_of
 from funcparam.binding.guard import guard, unguard
 from funcparam.binding.kinds import kind
-from funcparam.binding.making import Parts, evolves, gathered, parts_of
+from funcparam.binding.making import evolves, gathered, parts_of
 from funcparam.binding.modes import fx_tracer
 from funcparam.binding.naming import name_raw, unname_raw
 from funcparam.binding.pins import is_checkpointed, settle
 from funcparam.binding.places import Place, lock_of
 from funcparam.binding.slots import Slots, places, refuse_write
-from funcparam.parametrization.boundary import Entry
+from funcparam.binding.writing import to_raw
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.sharding import whole
 from funcparam.parametrization.table import Table
@@ -70,7 +68,8 @@ class Parametrized(nn.Module):
     of PyTorch's parametrizations and of its hooks.
 
     Without gradients each large value is made when the network reads it and dropped afterwards.
-    Threads that share it take turns. What a network writes to a value is lost with it.
+    Threads that share it take turns. What `forward` writes to a value is lost with it; what other
+    methods write, or a [`bound`][..bound] block, goes to raw by the right inverse.
 
     Args:
         net: any module.
@@ -146,8 +145,7 @@ class Parametrized(nn.Module):
         self._evaluation = Evaluation(ruled, names - parts.buffers, recompute=recompute)
         self._evolves = evolves(ruled)
         vars(self)["_modules"] |= {"net": parts.net, "raw": Held(), "state": Held()}
-        for entry in ruled.entries:
-            self._hold(entry, parts)
+        parts.hold(self.raw, self.state)
         guard(place for own in self._looked_up().at.values() for place in own)
         name_raw(parts.net, self.raw, [entry.names for entry in ruled.entries])
         self.register_load_state_dict_post_hook(loading.in_words_of_the_file)
@@ -160,8 +158,8 @@ class Parametrized(nn.Module):
         if (tracer := fx_tracer(args, kwargs)) is not None:
             path = tracer.path_of_module(self)
             return tracer.create_proxy("call_module", path, args, kwargs)
-        with self.bound() as net:
-            return net(*args, **kwargs)
+        with self._block():
+            return self._net(*args, **kwargs)
 
     @contextmanager
     def bound(self) -> Generator[nn.Module]:
@@ -170,7 +168,11 @@ class Parametrized(nn.Module):
         In training mode it first advances what evolves, as a call does.
 
         Yields:
-            The network, `self.net`. At the end of the block the values are taken out again.
+            The network, `self.net`. At the end of the block the values are taken out again, and
+            those that were written to (not by `.data`) go to raw.
+
+        Raises:
+            ValueError: a value that was written is none that its transform takes; raw is as before.
 
         Example:
             >>> import torch, funcparam as fp
@@ -181,9 +183,14 @@ class Parametrized(nn.Module):
             ...     net.weight.sum()
             tensor(6.)
         """
+        with self._block() as binding, to_raw(self, binding):
+            yield self._net
+
+    @contextmanager
+    def _block(self) -> Generator[Binding | None]:
         if torch.compiler.is_compiling():  # which follows every table, and needs no lock
             with traced(self._traced()):
-                yield self._net
+                yield None
             return
         with lock_of(self):
             slots = self._looked_up()
@@ -194,8 +201,8 @@ class Parametrized(nn.Module):
                 if reading is not None:
                     reading.finds(slots.at)
                 values = [tensors[name] for name in places.names]
-                with Binding(slots.lock, places, values, reading):
-                    yield self._net
+                with Binding(slots.lock, places, values, reading) as binding:
+                    yield binding
 
     def __getattr__(self, name: str) -> Any:
         """What this has not, the network has; its methods run with the values in place."""
@@ -379,16 +386,6 @@ class Parametrized(nn.Module):
     @property
     def _net(self) -> nn.Module:
         return cast("nn.Module", self._modules["net"])
-
-    def _hold(self, entry: Entry, parts: Parts) -> None:
-        for path, tensor in paths(entry.name, parts.raw[entry.name]):
-            key = path.removeprefix(entry.name).removeprefix(".")
-            grad = self._flags[entry.name] or cast("Any", entry.transform).adapts(key)
-            if entry.name not in parts.buffers:
-                tensor = nn.Parameter(tensor, requires_grad=grad)
-            place(self.raw, path, tensor)
-        for path, tensor in paths(entry.name, parts.state.get(entry.name, {})):
-            place(self.state, path, tensor)
 
     def _own(self) -> tuple[dict[str, Raw], dict[str, State]]:
         """Raw and state of what has a rule."""

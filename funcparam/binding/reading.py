@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from funcparam.transforms.contract.base import AnyTransform, Raw, State
 
 Join = Callable[[Sequence[Tensor]], tuple[Raw, State]]
 """From one list of tensors back to raw and state."""
+
+
+_get = cast("Any", dict.get)  # which makes no value
 
 
 class _Made(NamedTuple):
@@ -65,6 +68,17 @@ class Reading:
                 stack.enter_context(self._recomputed.looking_through())
             stack.enter_context(read_later(self._places, self._read))
             return stack.pop_all()
+
+    def written(self) -> dict[str, Any]:
+        """The values that were written to, and what was put in the place of one."""
+        found: dict[str, Any] = {
+            str(name): made.value for name, made in self._recent.undroppable().items()
+        }
+        for name, place in self._places:
+            own = _get(place.entries(), place.key)
+            if own is not None:
+                found[name] = own
+        return found
 
     def _read(self, name: str, owner: nn.Module) -> Tensor:
         return self._recent.get(name, owner, partial(self._make, name, owner)).value

@@ -52,6 +52,10 @@ class Recent(Generic[Item]):
             self._items[key] = make()
         return self._items[key]
 
+    def undroppable(self) -> dict[Hashable, Item]:
+        """What could not be made again as it is now."""
+        return {k: item for k, item in self._items.items() if not self._is_droppable(item)}
+
     def pop(self, key: Hashable) -> None:
         """Drop an item for good."""
         self._items.pop(key, None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from funcparam.parametrization.parametrization import Parametrization
 from funcparam.transforms._spellings import Spelling, infer, spellings
 from funcparam.transforms.contract.base import State
 from funcparam.transforms.contract.signature import TensorSpec, describe
+
+Tree: TypeAlias = tuple[dict[str, Any], dict[str, State]]
+"""Raw and state."""
 
 
 def read(
@@ -98,10 +101,12 @@ def take(
     strict: bool = True,
     known: Known | None = None,
     generator: torch.Generator | None = None,
+    beside: Callable[[], Tree] | None = None,
 ) -> Contents:
     """Do what [`read`][funcparam.checkpoint.read] does, silently and as precise as the file.
 
-    For a module that was cast to another precision than `p` was made for.
+    For a module, which may have another precision than `p` was made for, and which has raw and
+    state of what is not in the file: `beside` is asked for them.
     """
     tensors, foreign = tensors_and_others(state_dict)
     if p is None:
@@ -123,9 +128,7 @@ def take(
         if extra:
             state[name] = extra
     missing = tuple(seen.names[name] for name in there.missing)
-    if not missing:  # what was inverted knew its own value alone
-        with torch.no_grad():
-            state = p._plan.settled(raw, state, reader.inverted)  # pyright: ignore[reportPrivateUsage]
+    state = _settled(p, (raw, state), reader.inverted, beside)
     _check(p, raw, state, missing)
     others = {
         seen.names.get(name, name): (seen.keys[key], tensors[seen.keys[key]])
@@ -140,6 +143,30 @@ def take(
         reader.moved,
         {name: key for name, (key, _) in others.items()},
     )
+
+
+def _settled(
+    p: Parametrization[Any], found: Tree, inverted: Set[str], beside: Callable[[], Tree] | None
+) -> dict[str, State]:
+    """The state of what was inverted, which knew its own value alone and not those it takes."""
+    takes = {name: p[name].takes().values() for name in inverted}
+    if not any(takes.values()):
+        return found[1]
+    raw, state = found
+    if beside is not None:
+        others = beside()
+        raw, state = {**others[0], **raw}, {**others[1], **state}
+    for name, taken in takes.items():
+        if absent := [other for other in taken if other not in raw]:
+            raise ValueError(
+                f"{name!r} is stored as its value, and {p[name]!r} takes that of {absent[0]!r},"
+                " which is not there: read both"
+            )
+    others = {name for name in raw if not (name in p and p[name].takes())}
+    part = p._part(inverted | others, ())  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad():
+        new = part._plan.settled(part.of(raw), part.of(state), inverted)  # pyright: ignore
+    return {name: new.get(name, own) for name, own in found[1].items()}
 
 
 def _as_seen(told: Mapping[str, Said], seen: View) -> dict[str, Said]:

@@ -295,3 +295,22 @@ def test_half_precision_weights_and_a_rotation_in_float32():
     assert value.dtype == torch.bfloat16
     exact = state["down"]["base"].double() @ p(raw, state)["R"].double()
     close(value, exact.bfloat16(), rtol=0.01, atol=0.01)
+
+
+def test_a_weight_that_takes_another_is_loaded_alone():
+    """Its base is turned back by the rotation that the module has, not by none."""
+    torch.manual_seed(0)
+    model = fp.Parametrized(net := Pair(), fp.parametrize(net, RULES))
+    with torch.no_grad():
+        model.raw.R.normal_()
+    before, new = model.values(), torch.randn_like(net.down.weight)
+    keys = model.load_state_dict({"down.weight": new}, strict=False)
+    assert "R" in keys.missing_keys
+    torch.testing.assert_close(model.values(), {**before, "down.weight": new})
+    with pytest.raises(ValueError, match=r"'down.weight' is stored as its value, and Rota.*'R'"):
+        fp.checkpoint.read({"down.weight": new}, model.parametrization, strict=False)
+    both = fp.checkpoint.read(
+        {"down.weight": new, "R": before["R"]}, model.parametrization, strict=False
+    )
+    part = model.parametrization.select("down.weight", "R")
+    torch.testing.assert_close(part(part.of(both.raw), part.of(both.state))["down.weight"], new)
