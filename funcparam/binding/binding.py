@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from funcparam.binding import watch
+from funcparam.binding.locks import Several
 from funcparam.binding.places import Place, Places, changed
 from funcparam.binding.recompute import version
 
@@ -22,28 +23,24 @@ if TYPE_CHECKING:
 class Binding:
     """A block in which a network has the tensors of one call in the place of its own.
 
-    Other threads wait for its end; the same one may bind again, inside. A checkpoint in the block
-    takes the binding along: see `watch`.
+    The same thread may bind again, inside. A checkpoint in the block takes the binding along: see
+    `watch`.
 
     Args:
-        lock: the network's.
+        lock: the network's, which this thread has for as long.
         places: where the tensors go.
         tensors: one for each name of `places`.
         reading: more of them, which are made when the network reads them.
-        locked: whether somebody has the lock who waits for the end of this.
     """
 
     def __init__(
         self,
-        lock: RLock,
+        lock: RLock | Several,
         places: Places,
         tensors: list[Any],
         reading: Reading | None = None,
-        *,
-        locked: bool = False,
     ) -> None:
-        self.lock = lock
-        self._held = nullcontext() if locked else lock
+        self._lock = lock
         self.places = places
         self.tensors = tensors
         self._reading = reading
@@ -51,14 +48,8 @@ class Binding:
         self._block: ExitStack | None = None
 
     def __enter__(self) -> Self:
-        self._held.__enter__()
-        try:
-            taken = self.places.take()
-            self.places.put(self.tensors)
-        except BaseException:
-            self._held.__exit__(None, None, None)
-            raise
-        self._taken = taken
+        self._taken = self.places.take()
+        self.places.put(self.tensors)
         if self._reading is not None:
             self._block = self._reading.block()
         watch.push(self)
@@ -70,7 +61,6 @@ class Binding:
             self._block.close()
         self.places.put_back(self._taken)
         self._taken = None
-        self._held.__exit__(None, None, None)
 
     def written(self, before: Sequence[Any]) -> dict[str, Any]:
         """What was put in the place of a value since, and values that were written to.
@@ -89,15 +79,24 @@ class Binding:
         """How often each value was written to, and what it was made by."""
         return [(version(t), t.grad_fn) for t in self.tensors]
 
-    def again(self, instead: Mapping[int, Tensor]) -> Binding:
+    @contextmanager
+    def again(self, instead: Mapping[int, Tensor]) -> Generator[None]:
         """The same once more, with other tensors in the place of those of some ids.
 
-        While the block itself runs, backward inside of it has what this thread locked, on whatever
+        While the block itself runs, backward inside of it has what its thread locked, on whatever
         thread it is.
         """
         tensors = [instead.get(id(t), t) for t in self.tensors] if instead else self.tensors
         reading = None if self._reading is None else self._reading.again()
-        return Binding(self.lock, self.places, tensors, reading, locked=self._taken is not None)
+        waits = self._taken is None
+        if waits:
+            self._lock.acquire()
+        try:
+            with Binding(self._lock, self.places, tensors, reading):
+                yield
+        finally:
+            if waits:
+                self._lock.release()
 
 
 @contextmanager

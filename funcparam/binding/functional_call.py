@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Never
 
 from funcparam.binding.binding import Binding, call_traced
-from funcparam.binding.places import Places, Tree, lock_of
+from funcparam.binding.locks import hold
+from funcparam.binding.places import Places, Tree
 from funcparam.binding.reading import Reading
 from funcparam.parametrization.names import closest
 from funcparam.transforms.contract.signature import describe
@@ -29,7 +30,6 @@ class FunctionalCall:
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self._tree = Tree(net)
-        self._lock = None if torch.compiler.is_compiling() else lock_of(net)
 
     def __call__(
         self,
@@ -74,19 +74,21 @@ class FunctionalCall:
         reading: Reading | None = None,
     ) -> Any:
         """Call with `params` and what is made when the module reads it, outside of compilers."""
-        lock = self._lock or lock_of(self.net)
-        with lock:  # other threads wait; the same one may call again
-            places = self._places(params)
+        tree = hold(self._tree, self._looked_up)  # other threads wait; this one may call again
+        try:
+            places = _places(tree, params)
             if places is None and reading is None:
                 return self._by_torch(params, args, kwargs)
-            if places is None or (reading is not None and not reading.finds(self._tree.at)):
-                raise ValueError(self._why_not(params))
+            if places is None or (reading is not None and not reading.finds(tree.at)):
+                raise ValueError(_why_not(tree, params))
             tensors = [*params.values()]
-            with Binding(lock, places, tensors, reading):
+            with Binding(tree.lock, places, tensors, reading):
                 try:
                     return self.net(*args, **kwargs)
                 finally:
                     params.update(places.written(tensors))
+        finally:
+            tree.lock.release()
 
     def __reduce__(self) -> Any:
         return FunctionalCall, (self.net,)
@@ -97,13 +99,15 @@ class FunctionalCall:
         for name, tensor in values.items():
             if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"values[{name!r}]: expected a tensor; got {describe(tensor)}")
-        lock = lock_of(self.net)
-        with lock:
-            places = self._places(values)
+        tree = hold(self._tree, self._looked_up)
+        try:
+            places = _places(tree, values)
             if places is None:
-                raise ValueError(self._why_not(values))
-            with Binding(lock, places, [*values.values()]):
+                raise ValueError(_why_not(tree, values))
+            with Binding(tree.lock, places, [*values.values()]):
                 yield
+        finally:
+            tree.lock.release()
 
     def _by_torch(
         self,
@@ -118,23 +122,11 @@ class FunctionalCall:
             self.net, params, args, kwargs, tie_weights=tie_weights, strict=strict
         )
 
-    def _places(self, params: Mapping[str, Any]) -> Places | None:
-        """Where these tensors go; None if PyTorch has to say what to do with them."""
-        if not all(issubclass(kind, Tensor) for kind in set(map(type, params.values()))):
-            return None
-        if not self._tree.is_as_prepared():
-            self._tree.prepare()
-        places = self._tree.places(list(params))
-        if places is None or (places.repeated and not places.agree([*params.values()])):
-            return None
-        return places
-
-    def _why_not(self, values: Mapping[str, Any]) -> str:
-        at = self._tree.at
-        for name in values:
-            if name not in at:
-                return f"values: unknown name {name!r}; {closest(name, [*at])}"
-        return "values: names of one tie have two different tensors"
+    def _looked_up(self) -> Tree:
+        """The places of the network as it is."""
+        if not self._tree.is_as_it_was():
+            self._tree = Tree(self.net)
+        return self._tree
 
     def _traced(
         self, params: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,6 +143,23 @@ class FunctionalCall:
         return out
 
 
+def _places(tree: Tree, params: Mapping[str, Any]) -> Places | None:
+    """Where these tensors go; None if PyTorch has to say what to do with them."""
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, params.values()))):
+        return None
+    places = tree.places(list(params))
+    if places is None or (places.repeated and not places.agree([*params.values()])):
+        return None
+    return places
+
+
+def _why_not(tree: Tree, values: Mapping[str, Any]) -> str:
+    for name in values:
+        if name not in tree.at:
+            return f"values: unknown name {name!r}; {closest(name, [*tree.at])}"
+    return "values: names of one tie have two different tensors"
+
+
 def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
     """Prepare `net` to be called with other tensors in place of its own.
 
@@ -159,9 +168,9 @@ def functional_call(net: nn.Module, *torchs: Never) -> FunctionalCall:
     for many parameters: ties, buffers that the module replaces, and exceptions are treated alike.
     Two things are right that are not there: modules that are used at several places keep their own
     tensors, and `torch.utils.checkpoint` inside of the network computes again with `params`.
-    Nested calls are served; threads that share the network take turns, but two networks that share
-    a part do not know of each other. Where names are unknown, a
-    tie is given twice, or `strict` or no `tie_weights` is asked for, it is PyTorch's own.
+    Nested calls are served; threads take turns that share the network, or a part of it. Where names
+    are unknown, a tie is given twice, or `strict` or no `tie_weights` is asked for, it is PyTorch's
+    own.
 
     Args:
         net: the module. It may change afterwards, but its ties not once a compiled function has
@@ -196,7 +205,7 @@ def bound(net: Net, values: Mapping[str, Tensor]) -> Generator[Net]:
 
     `with fp.bound(net, p(raw, state)): net.generate(prompt)` is for methods what
     [`functional_call`][funcparam.functional_call] is for `forward`. At its end, or where it fails,
-    the network has its own tensors again. Other threads that bind the same network wait.
+    the network has its own tensors again. Other threads wait that bind it, or a part of it.
 
     Args:
         net: the module.

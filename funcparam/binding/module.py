@@ -25,11 +25,12 @@ from funcparam.binding.evaluation import Evaluation, Values
 from funcparam.binding.fold import copy_of
 from funcparam.binding.guard import guard, unguard
 from funcparam.binding.kinds import kind
+from funcparam.binding.locks import hold
 from funcparam.binding.making import evolves, gathered, parts_of
 from funcparam.binding.modes import fx_tracer
 from funcparam.binding.naming import name_raw, unname_raw
 from funcparam.binding.pins import is_checkpointed, settle
-from funcparam.binding.places import Place, lock_of
+from funcparam.binding.places import Place
 from funcparam.binding.slots import Slots, places, refuse_write
 from funcparam.binding.writing import to_raw
 from funcparam.parametrization.parametrization import Parametrization
@@ -68,8 +69,9 @@ class Parametrized(nn.Module):
     of PyTorch's parametrizations and of its hooks.
 
     Without gradients each large value is made when the network reads it and dropped afterwards.
-    Threads that share it take turns. What `forward` writes to a value is lost with it; what other
-    methods write, or a [`bound`][..bound] block, goes to raw by the right inverse.
+    Threads that share it, or a part of its network, take turns. What `forward` writes to a value is
+    lost with it; what other methods write, or a [`bound`][..bound] block, goes to raw by the right
+    inverse.
 
     Args:
         net: any module.
@@ -192,17 +194,18 @@ class Parametrized(nn.Module):
             with traced(self._traced()):
                 yield None
             return
-        with lock_of(self):
-            slots = self._looked_up()
-            with slots.lock:
-                slots.expect_empty()
-                tensors, reading = self._next()
-                places = slots.of(self._evaluation.at_once if reading else [*slots.at])
-                if reading is not None:
-                    reading.finds(slots.at)
-                values = [tensors[name] for name in places.names]
-                with Binding(slots.lock, places, values, reading) as binding:
-                    yield binding
+        slots = hold(self.__dict__.get("_slots") or self._looked_up(), self._looked_up)
+        try:
+            slots.expect_empty()
+            tensors, reading = self._next()
+            places = slots.of(self._evaluation.at_once if reading else [*slots.at])
+            if reading is not None:
+                reading.finds(slots.at)
+            values = [tensors[name] for name in places.names]
+            with Binding(slots.lock, places, values, reading) as binding:
+                yield binding
+        finally:
+            slots.lock.release()
 
     def __getattr__(self, name: str) -> Any:
         """What this has not, the network has; its methods run with the values in place."""
@@ -423,7 +426,7 @@ class Parametrized(nn.Module):
     def _looked_up(self) -> Slots:
         """The places of the values; a replica, or a network that was changed, has others."""
         slots = self.__dict__.get("_slots")
-        if slots is None or not slots.is_as_prepared(self._net):
+        if slots is None or not slots.is_as_it_was(self._net):
             slots = Slots(self._net, [entry.names for entry in self._ruled.entries])
             self.__dict__["_slots"] = slots
         return slots

@@ -7,28 +7,17 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import getitem, is_, itemgetter, setitem
-from threading import Lock, RLock
+from threading import RLock
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from funcparam.binding.locks import Several, lock_of
+
 _values, _items = cast("Any", dict.values), cast("Any", dict.items)
 _get = cast("Any", dict.get)
 _tables: Any = itemgetter("_parameters", "_buffers", "_modules")
-
-_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
-_registering = Lock()
-
-
-def lock_of(net: nn.Module) -> RLock:
-    """The one lock of a network; past the network, whose copies and pickles know nothing of it."""
-    lock = _locks.get(net)
-    if lock is None:
-        with _registering:
-            lock = _locks.setdefault(net, RLock())
-    return lock
 
 
 class Place(NamedTuple):
@@ -61,11 +50,15 @@ class Places:
     """The places of the tensors of some names: one for each, and those that share it.
 
     Args:
+        net: the network.
         names: the names.
         found: all places of each. Names of one tie have equal ones.
     """
 
-    def __init__(self, names: Sequence[str], found: Sequence[Sequence[Place]]) -> None:
+    def __init__(
+        self, net: nn.Module, names: Sequence[str], found: Sequence[Sequence[Place]]
+    ) -> None:
+        self.net = net
         self.names = list(names)
         self.repeated: list[tuple[int, int]] = []
         first: dict[Place, int] = {}
@@ -166,16 +159,10 @@ class Tree:
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
-        self.prepare()
-
-    def prepare(self) -> None:
-        """Look up where every tensor is kept."""
-        named = cast(
-            "Iterator[tuple[str, nn.Module]]", self.net.named_modules(remove_duplicate=False)
-        )
+        named = cast("Iterator[tuple[str, nn.Module]]", net.named_modules(remove_duplicate=False))
         tree = list(named)
         is_plain = all(_is_plain(module) for _, module in tree)
-        self._is_plain = is_plain and not isinstance(self.net, nn.DataParallel)
+        self._is_plain = is_plain and not isinstance(net, nn.DataParallel)
         if not self._is_plain:
             tree = []  # a part is scripted, and nothing is proven of it
         items: Any = _plain_items if torch.compiler.is_compiling() else _items
@@ -193,11 +180,20 @@ class Tree:
                         kept.setdefault(id(tensor), []).append(Place(module, table, key, name))
             modules[id(module)] = vars(module)
         self.at = {name: kept[tensor] for name, tensor in holder.items()}
+        self._owners = [module for _, module in tree]
+        self._lock: RLock | Several | None = None
         self._last: Places | None = None
         self._modules = list(modules.values())
         self._tables, self._entries = self._picture()
 
-    def is_as_prepared(self) -> bool:
+    @property
+    def lock(self) -> RLock | Several:
+        """What a thread holds that puts others there; compilers ask for none."""
+        if self._lock is None:
+            self._lock = lock_of(self.net, self._owners)
+        return self._lock
+
+    def is_as_it_was(self) -> bool:
         """Whether all is where it was."""
         tables, entries = self._picture()
         if len(tables) != len(self._tables) or entries != self._entries:
@@ -209,7 +205,7 @@ class Tree:
         if self._last is None or self._last.names != names:
             if not (self._is_plain and self.at.keys() >= set(names)):
                 return None
-            self._last = Places(names, [self.at[name] for name in names])
+            self._last = Places(self.net, names, [self.at[name] for name in names])
         return self._last
 
     def _picture(self) -> tuple[list[dict[str, Any]], list[Any]]:

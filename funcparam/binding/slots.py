@@ -10,7 +10,8 @@ from typing import Any, cast
 from torch import nn
 from typing_extensions import Never
 
-from funcparam.binding.places import Place, Places, lock_of
+from funcparam.binding.locks import lock_of
+from funcparam.binding.places import Place, Places
 from funcparam.binding.watch import is_bound
 
 _get = cast("Any", dict.get)
@@ -26,7 +27,7 @@ class Slots:
 
     def __init__(self, net: nn.Module, ties: Sequence[tuple[str, ...]]) -> None:
         self.net = net
-        self.lock = lock_of(net)
+        self.lock = lock_of(net, net.modules())
         self.at = {names[0]: places(net, names) for names in ties}
         self.every = self._of(list(self.at))
         self._others: Places | None = None
@@ -39,7 +40,7 @@ class Slots:
             (vars(p.owner), p.table, p.entries()) for own in self.at.values() for p in own
         ]
 
-    def is_as_prepared(self, net: nn.Module) -> bool:
+    def is_as_it_was(self, net: nn.Module) -> bool:
         """Whether all is where it was."""
         if net is not self.net:
             return False
@@ -59,7 +60,7 @@ class Slots:
         for name, own in self.at.items():
             if any(place.key not in place.entries() for place in own):
                 raise RuntimeError(_gone(name))
-            if not is_bound(self.lock) and any(place.read() is not None for place in own):
+            if not is_bound(self.net) and any(place.read() is not None for place in own):
                 refuse_write(name)
 
     def of(self, names: Sequence[str]) -> Places:
@@ -71,7 +72,7 @@ class Slots:
         return self._others
 
     def _of(self, names: Sequence[str]) -> Places:
-        return Places(names, [self.at[name] for name in names])
+        return Places(self.net, names, [self.at[name] for name in names])
 
 
 def refuse_write(name: str) -> Never:

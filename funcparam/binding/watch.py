@@ -15,9 +15,11 @@ from threading import Lock, local
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import checkpoint
+
+from funcparam.binding.places import Places
 
 _checkpoint = cast("Any", checkpoint)
 
@@ -25,7 +27,7 @@ _checkpoint = cast("Any", checkpoint)
 class Bound(Protocol):
     """What is bound, and can be bound again with other tensors in the place of some."""
 
-    lock: Any
+    places: Places
     tensors: list[Any]
 
     def again(self, instead: Mapping[int, Tensor]) -> AbstractContextManager[Any]:
@@ -82,9 +84,9 @@ def pop() -> None:
         _watch.stop()
 
 
-def is_bound(lock: Any) -> bool:
-    """Whether this thread has bound something in the network of this lock."""
-    return any(binding.lock is lock for binding in _thread.bound)
+def is_bound(net: nn.Module) -> bool:
+    """Whether this thread has bound something in a network."""
+    return any(binding.places.net is net for binding in _thread.bound)
 
 
 def _frame(recompute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,9 @@
 """Eight threads that share: results are those of one thread, one after the other."""
 
+import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -162,3 +165,93 @@ def test_cached_in_threads_with_one_module_in_evaluation():
         others = [v for other, _ in found[:k] for v in other]
         assert not any(value is other for value in values for other in others)  # no cross-talk
     assert net[2].weight is not net[2].weight
+
+
+class Meeting(nn.Module):
+    """Multiplies by its weight while all are in it that may be at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.met = threading.Barrier(2)
+
+    def forward(self, x):
+        self._meet()
+        out = self.weight * x
+        self._meet()
+        return out
+
+    def _meet(self):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.met.wait(0.2)
+
+
+def at_once(*calls):
+    """What each returns, all running at once."""
+    start = threading.Barrier(len(calls))
+
+    def run(call):
+        start.wait(SECONDS)
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [done.result(SECONDS) for done in [pool.submit(run, call) for call in calls]]
+
+
+def calling(net, value):
+    call, values = fp.functional_call(net), {name: value for name, _ in net.named_parameters()}
+    return lambda: call(values, (torch.ones(()),))
+
+
+def bound(net, value):
+    values = {name: value for name, _ in net.named_parameters()}
+
+    def call():
+        with fp.bound(net, values) as own:
+            return own(torch.ones(()))
+
+    return call
+
+
+@pytest.mark.parametrize("kinds", [(calling, calling), (calling, bound), (bound, bound)])
+def test_two_networks_that_share_a_module_take_turns(kinds):
+    part = Meeting()
+    nets = nn.Sequential(part), nn.Sequential(nn.Identity(), part)
+    values = torch.tensor(2.0), torch.tensor(3.0)
+    calls = [kind(net, value) for kind, net, value in zip(kinds, nets, values, strict=True)]
+    assert at_once(*calls) == [2.0, 3.0]
+
+
+def test_a_shell_takes_turns_with_a_network_that_has_one_of_its_modules():
+    net = nn.Sequential(Meeting(), nn.Linear(1, 1))
+    net[0].met = None  # which cannot be copied
+    model = fp.Parametrized(net, fp.parametrize(net, {"1.weight": WeightNorm()}))
+    x = torch.ones(1)
+    expected = model.fold()[1](x)
+    model.net[0].met = threading.Barrier(2)
+    other = calling(nn.Sequential(model.net[0]), torch.tensor(3.0))
+    assert at_once(lambda: model(x), other) == [expected, 3.0]
+
+
+def test_a_module_that_is_shared_later_is_noticed():
+    part = Meeting()
+    nets = nn.Sequential(part), nn.Sequential(Meeting())
+    first, second = (
+        calling(net, value)
+        for net, value in zip(nets, (torch.tensor(2.0), torch.tensor(3.0)), strict=True)
+    )
+    nets[1][0] = part
+    assert at_once(first, second) == [2.0, 3.0]
+
+
+def test_networks_that_have_the_parts_of_several_do_not_wait_for_each_other():
+    parts = [Meeting() for _ in range(2)]
+    for part in parts:
+        calling(nn.Sequential(part), torch.ones(()))()  # now each has a lock of its own
+        part.met = threading.Barrier(1)
+    one, two = (calling(nn.Sequential(*own), torch.tensor(2.0)) for own in (parts, parts[::-1]))
+
+    def often(call):
+        return {call().item() for _ in range(200)}
+
+    assert at_once(*[partial(often, call) for call in (one, two, one, two)]) == [{4.0}] * 4
