@@ -1,8 +1,7 @@
-"""What a shell has not, its network has: attributes, methods, and what is applied to layers."""
+"""What a shell has not, its network has: attributes and methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import ismethod
@@ -10,7 +9,6 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
-from funcparam.binding.slots import Slots
 from funcparam.parametrization.parametrization import Parametrization
 
 
@@ -72,27 +70,6 @@ def put(shell: Any, name: str, value: Any) -> bool:
         )
     setattr(net, name, value)
     return True
-
-
-def saying_why(fn: Callable[[nn.Module], None], slots: Slots) -> Callable[[nn.Module], None]:
-    """What is applied to layers; where it fails for want of a weight, the error says so."""
-    owners = {place.owner: name for name, own in slots.at.items() for place in own}
-
-    def told(module: nn.Module) -> None:
-        try:
-            fn(module)
-        except (AttributeError, TypeError) as error:
-            if module not in owners:
-                raise
-            name = owners[module]
-            raise RuntimeError(
-                f"apply failed at the module of {name!r}, which has a rule: its value is"
-                f" computed, and its place is empty ({error}). Initialise the network before"
-                " the Parametrized is made, or load values:"
-                f" model.load_state_dict({{{name!r}: value}}, strict=False)"
-            ) from error
-
-    return told
 
 
 def _has(module: nn.Module, name: str) -> bool:

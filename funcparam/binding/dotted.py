@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,15 @@ from funcparam.parametrization.sharding import sharded_like
 from funcparam.transforms.contract.base import Raw, State
 from funcparam.transforms.contract.signature import TensorSpec
 
-Layout: TypeAlias = "tuple[str, list[str], list[str] | None, list[str]]"
-"""The name of a leaf, in parts too, and the keys of its raw, None for a tensor, and state."""
+Layout: TypeAlias = "tuple[str, list[str], str, list[str] | None, list[str]]"
+"""Of a leaf: its name, module and key, the keys of its raw, None for a tensor, and of its state."""
 
 
 def layout(entry: Entry) -> Layout:
     """Where the tensors of one leaf are."""
     spec = entry.signature
     keys = None if isinstance(spec.raw, TensorSpec) else [key for key, _ in spec.raw]
-    return entry.name, entry.name.split("."), keys, [key for key, _ in spec.state]
+    return entry.name, *_apart(entry.name), keys, [key for key, _ in spec.state]
 
 
 def collect(
@@ -31,20 +31,16 @@ def collect(
     """Return raw and state, the tensors themselves."""
     raw: dict[str, Raw] = {}
     state: dict[str, State] = {}
-    for name, parts, raw_keys, state_keys in layouts:
+    for name, parents, key, raw_keys, state_keys in layouts:
         if raw_keys is None:
-            raw[name] = _tensor(_module_at(raw_root, parts[:-1]), parts[-1])
-        else:
-            raw[name] = _below(raw_root, parts, raw_keys)
+            raw[name] = _tensor(_module_at(raw_root, parents), key)
+        elif raw_keys:
+            raw[name] = _below(_module_at(raw_root, [*parents, key]), raw_keys)
+        else:  # which has no module
+            raw[name] = {}
         if state_keys:
-            state[name] = _below(state_root, parts, state_keys)
+            state[name] = _below(_module_at(state_root, [*parents, key]), state_keys)
     return raw, state
-
-
-def at(root: nn.Module, path: str) -> Tensor:
-    """Return the tensor at a dotted path below `root`."""
-    *parents, key = path.split(".")
-    return _tensor(_module_at(root, parents), key)
 
 
 def paths(name: str, tensors: Raw) -> list[tuple[str, Tensor]]:
@@ -88,43 +84,54 @@ def place(root: nn.Module, path: str, tensor: Tensor) -> None:
     vars(root)[table][local] = tensor
 
 
-class Change(NamedTuple):
-    """A tensor that has another one in a new tree; no key where it has the name alone."""
-
-    name: str
-    key: str | None
-    old: Tensor
-    new: Tensor
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """What differs between two trees of the same tensors."""
-    found: list[Change] = []
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of a tree that have others in a new one, and these."""
+    olds: list[Tensor] = []
+    news: list[Tensor] = []
     for name, given in new.items():
         own = old[name]
         if isinstance(given, Tensor):
-            found.append(Change(name, None, own, given))
-        else:
-            found += [Change(name, key, own[key], tensor) for key, tensor in given.items()]
-    return [change for change in found if change.new is not change.old]
+            own, given = {"": own}, {"": given}
+        for key, tensor in given.items():
+            if tensor is not own[key]:
+                olds.append(own[key])
+                news.append(tensor)
+    return olds, news
+
+
+def refilled(
+    old: Mapping[str, State], new: Mapping[str, State], tensors: Sequence[Tensor]
+) -> dict[str, State]:
+    """The new tree with these tensors in the place of those that changed."""
+    found = iter(tensors)
+    return {
+        name: {key: t if t is old[name][key] else next(found) for key, t in own.items()}
+        for name, own in new.items()
+    }
 
 
 def overwrite(olds: Sequence[Tensor], news: Sequence[Tensor]) -> None:
     """Copy each new tensor into an old one, of which no gradient is asked."""
-    news = [sharded_like(old, new) for old, new in zip(olds, news, strict=True)]
-    if news and is_plain_eager() and set(map(type, olds)) <= {Tensor, nn.Parameter}:
+    if olds and is_plain_eager() and {*map(type, olds)} <= {Tensor, nn.Parameter}:
         torch._foreach_copy_(olds, news)  # pyright: ignore
     else:  # vmap has a rule for this one, and a compiler joins them itself
         for old, new in zip(olds, news, strict=True):
-            old.copy_(new)
+            old.copy_(sharded_like(old, new))
 
 
-def _below(root: nn.Module, path: list[str], keys: list[str]) -> dict[str, Tensor]:
-    """The tensors of one leaf, whose keys may be dotted; one without any has no module."""
-    if not keys:
-        return {}
-    owner = _module_at(root, path)
-    return {key: at(owner, key) if "." in key else _tensor(owner, key) for key in keys}
+def _apart(path: str) -> tuple[list[str], str]:
+    *parents, key = path.split(".")
+    return parents, key
+
+
+def _below(owner: nn.Module, keys: list[str]) -> dict[str, Tensor]:
+    """The tensors of one leaf, whose keys may be dotted."""
+    return {key: _at(owner, key) if "." in key else _tensor(owner, key) for key in keys}
+
+
+def _at(root: nn.Module, path: str) -> Tensor:
+    parents, key = _apart(path)
+    return _tensor(_module_at(root, parents), key)
 
 
 def _module_at(root: nn.Module, path: list[str]) -> nn.Module:

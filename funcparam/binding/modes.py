@@ -47,8 +47,10 @@ def fx_tracer(args: Any, kwargs: Any) -> Any:
             "torch.fx takes a Parametrized as one module of a graph: trace a module around it, such"
             " as torch.nn.Sequential(model), or model.fold()"
         )
-    given = (*args, *kwargs.values())
-    return next((x.tracer for x in given if isinstance(x, torch.fx.Proxy)), None)
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, torch.fx.Proxy):
+            return x.tracer
+    return None
 
 
 class Modes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from types import FunctionType
@@ -16,19 +16,20 @@ from funcparam.binding import attributes, loading
 from funcparam.binding.binding import Binding, call_traced, traced
 from funcparam.binding.dotted import (
     Held,
-    changes,
+    changed,
     collect,
     layout,
     overwrite,
+    refilled,
 )
 from funcparam.binding.evaluation import Evaluation, Values
 from funcparam.binding.fold import copy_of
 from funcparam.binding.guard import guard, unguard
 from funcparam.binding.kinds import kind
+from funcparam.binding.layers import name_raw, unname_raw
 from funcparam.binding.locks import hold
 from funcparam.binding.making import evolves, gathered, parts_of
 from funcparam.binding.modes import fx_tracer
-from funcparam.binding.naming import name_raw, unname_raw
 from funcparam.binding.pins import is_checkpointed, settle
 from funcparam.binding.places import Place
 from funcparam.binding.slots import Slots, places, refuse_write
@@ -198,8 +199,9 @@ class Parametrized(nn.Module):
         try:
             slots.expect_empty()
             tensors, reading = self._next()
-            places = slots.of(self._evaluation.at_once if reading else [*slots.at])
+            places = slots.every
             if reading is not None:
+                places = slots.of(self._evaluation.at_once)
                 reading.finds(slots.at)
             values = [tensors[name] for name in places.names]
             with Binding(slots.lock, places, values, reading) as binding:
@@ -221,10 +223,6 @@ class Parametrized(nn.Module):
         """What this has not, and the network has, is set there, where something reads it."""
         if not attributes.put(self, name, value):
             super().__setattr__(name, value)
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
-        """As of any module; an error of `fn` where a weight has a rule says what to do."""
-        return super().apply(attributes.saying_why(fn, self._looked_up()))
 
     # Looking
 
@@ -284,8 +282,8 @@ class Parametrized(nn.Module):
         raw, state = self._own()
         with torch.no_grad():
             new_raw, new_state = self._ruled.rebase(*whole((raw, state)))
-            changed = [*changes(raw, new_raw), *changes(state, new_state)]
-            overwrite([c.old for c in changed], [c.new for c in changed])
+            overwrite(*changed(raw, new_raw))
+            overwrite(*changed(state, new_state))
 
     def refresh(self) -> None:
         """Make state exact for the raw that is there, in place; see [`Parametrization.refresh`][].
@@ -294,8 +292,7 @@ class Parametrized(nn.Module):
         """
         raw, state = self._own()
         with torch.no_grad():
-            changed = changes(state, self._ruled.refresh(*whole((raw, state))))
-            overwrite([c.old for c in changed], [c.new for c in changed])
+            overwrite(*changed(state, self._ruled.refresh(*whole((raw, state)))))
 
     def fold(self) -> nn.Module:
         """Return a plain copy of the network with the values written into it.
@@ -407,17 +404,13 @@ class Parametrized(nn.Module):
         tracing = torch.compiler.is_dynamo_compiling()
         if not tracing and (torch.compiler.is_compiling() or not is_checkpointed()):
             values, new = self._evaluation.advanced(raw, state)
-            changed = changes(state, new)
-            overwrite([c.old for c in changed], [c.new for c in changed])
+            overwrite(*changed(state, new))
             return values
-        changed = changes(state, self._ruled.update(raw, state))
-        olds = [change.old for change in changed]
-        used, kept = settle(olds, [change.new for change in changed])
+        new = self._ruled.update(raw, state)
+        olds, news = changed(state, new)
+        used, kept = settle(olds, news)
         overwrite(olds, kept)
-        evolved = {name: dict(own) for name, own in state.items()}
-        for change, tensor in zip(changed, used, strict=True):
-            evolved[change.name][cast("str", change.key)] = tensor
-        return self._evaluation.values(raw, evolved)
+        return self._evaluation.values(raw, refilled(state, new, used))
 
     def _expect_empty(self) -> None:
         if not torch.compiler.is_compiling():  # which need not guard on every table

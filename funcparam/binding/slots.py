@@ -64,9 +64,7 @@ class Slots:
                 refuse_write(name)
 
     def of(self, names: Sequence[str]) -> Places:
-        """The places of all, or of those that are not made when they are read."""
-        if len(names) == len(self.at):
-            return self.every
+        """The places of those that are not made when they are read."""
         if self._others is None or self._others.names != names:
             self._others = self._of(names)
         return self._others

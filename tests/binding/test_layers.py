@@ -186,16 +186,26 @@ def init(module):
 def test_initialising_by_apply_says_what_to_do():
     model = shell()
     before = model.values()
-    with pytest.raises(
-        RuntimeError, match=r"'body.0.weight', which has a rule.*Initialise the net"
-    ):
-        model.apply(init)
+    layer = model.net.body[0]
+    for apply in (model.apply, model.net.apply, layer.apply, nn.Sequential(model).apply):
+        with pytest.raises(RuntimeError, match=r"'body.0.weight' cannot be init.*Initialise the n"):
+            apply(init)
+    for part in (layer, copy.deepcopy(model).net.body[0], pickle.loads(pickle.dumps(layer))):
+        with pytest.raises(RuntimeError, match=r"'body.0.weight' cannot be initialised"):
+            part.reset_parameters()
     torch.testing.assert_close(model.values(), before)
-    with pytest.raises(RuntimeError, match=r"'body.0.weight', which has a rule"):
-        nn.Sequential(model).apply(init)
+    plain = model.fold()
+    assert plain.apply(init).body[0].reset_parameters() is None
     model = shell({"head.bias": Positive()}, lambda: Net().apply(ones))
-    with pytest.raises(RuntimeError, match=r"'head.bias', which has a rule"):
+    with pytest.raises(RuntimeError, match=r"'head.bias' cannot be initialised"):
         model.apply(init)
+
+
+def test_what_is_bound_can_be_initialised():
+    model = shell()
+    with model.bound() as net:
+        net.body[0].reset_parameters()
+        assert net.apply(init) is net
 
 
 def ones(module):
