@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from funcparam.binding.layers import owner_of
 from funcparam.parametrization.parametrization import Parametrization
 
 
@@ -34,7 +35,7 @@ def get(shell: Shell, net: nn.Module, name: str) -> Any:
     found = getattr(net, name)
     if found is None and _is_ruled(shell, name):
         return shell.values()[name]
-    if not (ismethod(found) and found.__self__ is net):
+    if not (ismethod(found) and owner_of(found) is net):
         return found
 
     @wraps(found)

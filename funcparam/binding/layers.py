@@ -94,7 +94,7 @@ class Layer:
                 raise RuntimeError(
                     f"the module of {path!r} cannot be initialised: the weight has a rule, so its"
                     " value is computed, and its place is empty. Initialise the network before the"
-                    " Parametrized is made, or load values:"
+                    " Parametrized is made, or in `with model.bound() as net:`, or load values:"
                     f" model.load_state_dict({{{path!r}: value}}, strict=False)"
                 ) from error
 
@@ -119,6 +119,12 @@ def unname_raw(net: nn.Module, raw: nn.Module) -> None:
         layer = getattr(vars(module).get(_METHODS[0]), "__self__", None)
         if isinstance(layer, Layer) and layer.raw is raw:
             layer.take_away()
+
+
+def owner_of(method: Any) -> Any:
+    """Whose method this is."""
+    owner = method.__self__
+    return owner.module if isinstance(owner, Layer) else owner
 
 
 def _below(root: nn.Module, path: str) -> Iterator[tuple[str, nn.Parameter]]:

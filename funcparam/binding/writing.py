@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcparam.binding.binding import Binding
-from funcparam.binding.dotted import changes, overwrite
+from funcparam.binding.dotted import changed, overwrite
 from funcparam.binding.slots import refuse_write
 from funcparam.parametrization.boundary import value_of
 from funcparam.parametrization.parametrization import Parametrization
@@ -59,5 +59,5 @@ def _write(shell: Shell, values: Mapping[str, Any]) -> None:
         every_raw, every_state = whole({**old_raw, **raw}), whole({**old_state, **state})
         settled = p._plan.settled(every_raw, every_state, given)  # pyright: ignore
         state = {name: settled[name] for name in given if name in old_state}
-        changed = [*changes(old_raw, raw), *changes(old_state, state)]
-        overwrite([change.old for change in changed], [change.new for change in changed])
+        for old, new in ((old_raw, raw), (old_state, state)):
+            overwrite(*changed(old, new))
