@@ -34,16 +34,12 @@ _LOCK = Lock()  # around changes of the exchanges of any module
 def read(module: nn.Module, name: str) -> Tensor:
     """The value of a parametrized tensor."""
     own = module.__dict__
-    resetting = None
-    if _EXCHANGED in own:
-        exchanged = _exchanged(own, name)
-        if exchanged is not None:
-            return exchanged
-    if _RESETTING in own:
-        resetting = own[_RESETTING]
-        if name in resetting:
-            return resetting[name][0]
-    held = _list(module, name)
+    if _EXCHANGED in own and (exchanged := _exchanged(own, name)) is not None:
+        return exchanged
+    resetting = own.get(_RESETTING)
+    if resetting is not None and name in resetting:
+        return resetting[name][0]
+    held = own["_modules"]["parametrizations"]._modules[name]
     value = _cache.evaluate(held)
     if resetting is not None:
         resetting[name] = value, _private.version(value)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from funcparam.binding.modes import graph_task
 from funcparam.compat import _private
+from funcparam.parametrization.sharding import whole
 from funcparam.transforms import AnyTransform, Transform
 from funcparam.transforms.contract.steps import updated
 
@@ -42,7 +43,7 @@ class TransformModule(nn.Module):
     @_private.unscripted
     def forward(self, *raw: Tensor) -> Tensor:
         """Map raw to the value, after one step of what evolves if in training mode."""
-        named, state = self.named(_private.whole(raw)), self.state()
+        named, state = self.named(whole(raw)), self.state()
         if self._evolves:
             state = self._advanced(named, state)
         return self.transform.forward(named, state)

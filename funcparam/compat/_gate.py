@@ -16,7 +16,7 @@ _TORCHS: Any = torch_api
 
 def entries() -> dict[Any, Any] | None:
     """Where torch caches values while its switch is on; None while it is off."""
-    return getattr(_TORCHS, "_cache", None) if getattr(_TORCHS, "_cache_enabled", 0) else None
+    return _TORCHS._cache if _TORCHS._cache_enabled else None
 
 
 class ShowsTorchsCache(types.ModuleType):

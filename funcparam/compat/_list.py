@@ -174,19 +174,18 @@ class ParametrizationList(nn.ModuleList):
                 f"while `original{i}` has dtype {dtype}"
             )
 
+    @_private.unscripted
     def forward(self) -> Tensor:
         """Compute the value from the raw tensors."""
-        if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
-            raise RuntimeError("Parametrization is not working with scripting.")
-        first, *rest = self._parts()
-        value = first(*self.raw())
-        for part in rest:
-            value = part(value)
+        parts, i = self._modules, 1  # nn.Module.__getattr__ and ModuleList's are slow
+        value = cast("nn.Module", parts["0"])(*self.raw())
+        while (part := parts.get(str(i))) is not None:
+            value, i = part(value), i + 1
         return value
 
     def raw(self) -> tuple[Any, ...]:
         """The raw tensors in order."""
-        found = self._parameters  # nn.Module.__getattr__ is slow
+        found = self._parameters
         return tuple([found[n] if n in found else getattr(self, n) for n in self.raw_names])
 
     def _parts(self) -> list[nn.Module]:

@@ -170,14 +170,6 @@ def torchs_part(part: nn.Module) -> str | None:
     return None
 
 
-def whole(raw: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Raw with what is sharded over processes gathered; state is whole, and they do not mix."""
-    for tensor in raw:
-        if hasattr(tensor, "full_tensor"):
-            return tuple(x.full_tensor() if hasattr(x, "full_tensor") else x for x in raw)
-    return raw
-
-
 def version(tensor: Tensor) -> int:
     """How often `tensor` was written to; -1 if it does not count."""
     return -1 if tensor.is_inference() else tensor._version  # pyright: ignore[reportPrivateUsage]

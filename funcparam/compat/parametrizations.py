@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from funcparam.compat import _private
 from funcparam.compat._adapter import steps, write
 from funcparam.compat.parametrize import register_parametrization
+from funcparam.parametrization.sharding import whole
 from funcparam.transforms import Orthogonal, SpectralNorm, WeightNorm
 
 __all__ = ["orthogonal", "spectral_norm", "weight_norm"]
@@ -34,7 +35,7 @@ class _Orthogonal(_private.TorchOrthogonal):
     @_private.unscripted
     def forward(self, X: Tensor) -> Tensor:
         """Map raw to an orthogonal matrix."""
-        (raw,) = _private.whole((X,))
+        raw = whole(X)
         base = getattr(self, "base", None)  # none as long as nothing was assigned: in a chain
         signs = signs_of(raw) if self.orthogonal_map.name == "householder" else None
         if base is None:
@@ -146,7 +147,7 @@ class _WeightNorm(_private.TorchWeightNorm):
     @_private.unscripted
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         """Map magnitude and direction to the value."""
-        magnitude, direction = _private.whole((weight_g, weight_v))
+        magnitude, direction = whole(weight_g), whole(weight_v)
         if direction.dtype in (torch.bfloat16, torch.float16):
             # as in torch the norm is rounded as the magnitude was, which so gives its value back
             return direction * (magnitude / torch.norm_except_dim(direction, 2, self.dim))
@@ -207,7 +208,7 @@ class _SpectralNorm(_private.TorchSpectralNorm):
     @_private.unscripted
     def forward(self, weight: Tensor) -> Tensor:
         """Divide by the largest singular value, after one step of what evolves if training."""
-        (weight,) = _private.whole((weight,))
+        weight = whole(weight)
         if weight.ndim == 1:
             return SpectralNorm(eps=self.eps).forward(weight, {})
         vectors = None

@@ -10,13 +10,12 @@ from torch import Tensor
 
 def whole(tree: Any) -> Any:
     """The tree with sharded tensors gathered; any other tensor is its own whole."""
+    if isinstance(tree, Tensor):
+        return cast("Any", tree).full_tensor() if hasattr(tree, "full_tensor") else tree
     if isinstance(tree, tuple):
         return tuple(map(whole, cast("tuple[Any, ...]", tree)))
-    if isinstance(tree, Mapping):
-        items = cast("Mapping[str, Any]", tree).items()
-        return {name: whole(tensor) for name, tensor in items}
-    gather = getattr(tree, "full_tensor", None)
-    return tree if gather is None else gather()
+    items = cast("Mapping[str, Any]", tree).items()
+    return {name: whole(tensor) for name, tensor in items}
 
 
 def sharded_like(own: Tensor, given: Tensor) -> Tensor:

@@ -42,8 +42,9 @@ def can_fuse(magnitude: Tensor, direction: Tensor) -> bool:
 def fused_weight_norm(magnitude: Tensor, direction: Tensor, dim: int) -> Tensor:
     """WeightNorm's value, with the norm over all dimensions but `dim`, the first or last one."""
     value: Tensor = _weight_norm(direction, magnitude, dim)
-    if value.grad_fn is not None:
-        value.grad_fn.register_hook(partial(_gradients, magnitude, direction, dim))
+    node = value.grad_fn
+    if node is not None:
+        node.register_hook(partial(_gradients, magnitude, direction, dim))
     return value
 
 
