@@ -25,13 +25,14 @@ from funcparam.parametrization.values import (
     by_first_name,
     fresh,
     inverted,
+    log_determinant,
     log_moves,
     moves_are_logged,
-    naming,
+    projected,
+    tangents,
     violations,
 )
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
-from funcparam.transforms.contract.steps import rebased
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -242,14 +243,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         would go on with the old one: [`fp.move(p, p, raw, state, optimizer)`][funcparam.move] moves
         both. Source: dynamic trivializations, Lezcano-Casado, arXiv 1909.09501.
         """
-        state = self._check(raw, state)
-        new_raw, new_state, given = dict(raw), dict(state), self._plan.given(raw, state)
-        for name, transform in self._transforms.items():
-            own = given.get(name, {})
-            new_raw[name], own = rebased(transform, raw[name], own)
-            if own:
-                new_state[name] = own
-        return new_raw, self._plan.emptied(new_state, state)
+        return self._plan.rebase(self._transforms, raw, self._check(raw, state))
 
     def log_abs_det_jacobian(self, raw: RawTree, state: StateTree | None = None) -> Tensor:
         """Sum log |det d value / d raw| over all transforms; what passes through adds 0.
@@ -257,15 +251,8 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
         Raises:
             NotImplementedError: a transform has no such determinant; its name is said.
         """
-        state = self._plan.given(raw, self._check(raw, state))
-        total: Any = torch.zeros(())
-        for name, transform in self._transforms.items():
-            try:
-                own = transform.log_abs_det_jacobian(raw[name], state.get(name, {}))
-            except NotImplementedError as error:
-                raise NotImplementedError(f"{name!r}: {error}") from error
-            total = total + own
-        return total
+        given = self._plan.given(raw, self._check(raw, state))
+        return log_determinant(self._transforms, raw, given)
 
     # Value to raw
 
@@ -325,11 +312,7 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             ValueError: a constraint lies in state that is not given, or a value is refused.
         """
         values = self._values(params)
-        own: StateTree = {} if state is None else state
-        for name, transform in self._transforms.items():
-            with naming(name, transform):
-                values[name] = transform.project(values[name], own.get(name, {}))
-        return self._build(values)
+        return self._build({**values, **projected(self._transforms, values, state)})
 
     def tangent(self, params: Any, grads: Any, state: StateTree | None = None) -> Params:
         """Project gradients onto the directions in which values can move, orthogonally.
@@ -344,11 +327,28 @@ class Parametrization(Tabular, Mapping[str, AnyTransform], Generic[Params]):
             ValueError: a constraint lies in state, which is not given.
         """
         values, vectors = self._values(params), self._values(grads)
-        own: StateTree = {} if state is None else state
-        for name, transform in self._transforms.items():
-            with naming(name, transform):
-                vectors[name] = transform.tangent(values[name], vectors[name], own.get(name, {}))
-        return self._build(vectors)
+        return self._build({**vectors, **tangents(self._transforms, values, vectors, state)})
+
+    def retract(self, params: Any, step: Any, state: StateTree | None = None) -> Params:
+        r"""Take a step from values, and bring what it leads to back: $R_W(D) = P(W + D)$.
+
+        `P` is [`project`][..project], and arguments and errors are those of [`tangent`][..tangent].
+        A step along the constraint is kept to first order: it is a retraction. What has no rule
+        takes the step as it is.
+
+        Example:
+            >>> import torch, funcparam as fp
+            >>> from funcparam.transforms import UnitNorm
+            >>> values = {"w": torch.tensor([[1.0, 0.0]])}
+            >>> p = fp.parametrize(values, {"w": UnitNorm()})
+            >>> p.retract(values, p.tangent(values, {"w": torch.tensor([[5.0, 0.75]])}))
+            {'w': tensor([[0.8000, 0.6000]])}
+
+        Source: Absil and Malick, SIAM J. Optim. 22 (2012) (projections are retractions).
+        """
+        values, steps = self._values(params), self._values(step)
+        moved = {name: value + steps[name] for name, value in values.items()}
+        return self._build({**moved, **projected(self._transforms, moved, state)})
 
     # Looking
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from funcparam.parametrization.batching import Plan
 from funcparam.parametrization.boundary import Entry, RawTree, StateTree
 from funcparam.parametrization.names import closest
-from funcparam.transforms.contract.base import AnyTransform, State
+from funcparam.transforms.contract.base import AnyTransform, Raw, State
 from funcparam.transforms.contract.signature import NamedSpecs, TensorSpec
+from funcparam.transforms.contract.steps import rebased
 
 
 @final
@@ -67,6 +68,17 @@ class SharedPlan:
         """Make exact what state approximates, without gradients."""
         between = self._first.refresh(raw, state)
         return self.emptied(self._plan.refresh(raw, self.given(raw, between)), state)
+
+    def rebase(
+        self, transforms: Mapping[str, AnyTransform], raw: RawTree, state: StateTree
+    ) -> tuple[dict[str, Raw], dict[str, State]]:
+        """Move base points to the values."""
+        new_raw, new_state, given = dict(raw), dict(state), self.given(raw, state)
+        for name, transform in transforms.items():
+            new_raw[name], own = rebased(transform, raw[name], given.get(name, {}))
+            if own:
+                new_state[name] = own
+        return new_raw, self.emptied(new_state, state)
 
     def given(self, raw: RawTree, state: StateTree) -> StateTree:
         """State with the values in it that transforms take of others."""

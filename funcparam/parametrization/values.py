@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcparam.parametrization.boundary import (
     Entry,
+    RawTree,
     StateTree,
     distance_moved,
     expect_finite,
@@ -77,6 +78,46 @@ def violations(
                 found[name] = transform.violation(*widened((value, own)))
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
+    return found
+
+
+def log_determinant(
+    transforms: Mapping[str, AnyTransform], raw: RawTree, state: StateTree
+) -> Tensor:
+    """The sum of log |det d value / d raw|."""
+    total: Any = torch.zeros(())
+    for name, transform in transforms.items():
+        try:
+            own = transform.log_abs_det_jacobian(raw[name], state.get(name, {}))
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{name!r}: {error}") from error
+        total = total + own
+    return total
+
+
+def projected(
+    transforms: Mapping[str, AnyTransform], values: Mapping[str, Tensor], state: StateTree | None
+) -> dict[str, Tensor]:
+    """The values that have a transform, on their constraints."""
+    found: dict[str, Tensor] = {}
+    for name, transform in transforms.items():
+        with naming(name, transform):
+            found[name] = transform.project(values[name], (state or {}).get(name, {}))
+    return found
+
+
+def tangents(
+    transforms: Mapping[str, AnyTransform],
+    values: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor],
+    state: StateTree | None,
+) -> dict[str, Tensor]:
+    """The parts of vectors along the constraints of values that have a transform."""
+    found: dict[str, Tensor] = {}
+    for name, transform in transforms.items():
+        with naming(name, transform):
+            own = (state or {}).get(name, {})
+            found[name] = transform.tangent(values[name], vectors[name], own)
     return found
 
 

@@ -97,6 +97,11 @@ class DoublyStochastic(Transform[Tensor]):
         """Entries that are not positive become the smallest normal number, and the rest follows."""
         return self.forward(self._logs(value), state)
 
+    def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
+        """What leaves the sums of rows and columns: `vector` with the means of both taken off."""
+        off_rows = vector - vector.mean(-1, keepdim=True)
+        return off_rows - off_rows.mean(-2, keepdim=True)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest |row sum - 1|, |column sum - 1| or -entry."""
         rows, columns = largest(value.sum(-1) - 1), largest(value.sum(-2) - 1)

@@ -1,8 +1,12 @@
-"""Projections satisfy the constraint and are idempotent; tangents are what values move along."""
+"""Projections satisfy the constraint and are idempotent; tangents are what values move along.
+
+A projection of a step is a retraction.
+"""
 
 import torch
 from torch.func import jvp
 
+import funcparam as fp
 from funcparam.transforms import Ordered, WeightStandardization
 from tests.cases import every_row, raw_and_state, tensors, value_of
 
@@ -71,3 +75,32 @@ def test_tangent(case, shape):
     torch.testing.assert_close(tangent(pa), pa, rtol=1e-5, atol=1e-6)
     left, right = (pa.conj() * b).real.sum(), (a.conj() * tangent(b)).real.sum()
     torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+@every_row
+def test_retract(case, shape):
+    """A retraction: R(0) = W, its derivative there is the identity, and R is on the constraint."""
+    if case.straight_through or case.transform.takes():
+        return
+    if isinstance(case.transform, WeightStandardization) and shape == (1, 2):
+        return  # two entries are +1 and -1, and move by eps alone
+    value = value_of(case, shape)
+    _, state = case.transform.right_inverse(value)
+    vector = torch.randn_like(value)
+    p = fp.parametrize({"w": value}, {"w": case.transform})
+
+    def retract(step):
+        return p.retract({"w": value}, {"w": step}, {"w": state})["w"]
+
+    try:
+        along = p.tangent({"w": value}, {"w": vector}, {"w": state})["w"]
+        kept = retract(torch.zeros_like(value))
+    except NotImplementedError:  # an adapter
+        return
+    torch.testing.assert_close(kept, value, rtol=1e-7, atol=1e-8)
+    h = 1e-6
+    slope = (retract(h * along) - retract(-h * along)) / (2 * h)
+    torch.testing.assert_close(slope, along, rtol=1e-5, atol=1e-6)
+    far = retract(0.1 * along)
+    violation = case.transform.violation(far, state)
+    assert violation.isnan() or violation < 1e-8

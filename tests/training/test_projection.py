@@ -92,6 +92,10 @@ def test_what_has_no_rule_passes_through():
     assert values["bias"] is net.bias
     grads = {"weight": torch.ones(3, 3), "bias": torch.ones(3)}
     assert torch.equal(p.tangent(values, grads)["bias"], grads["bias"])
+    moved = p.retract(values, grads)
+    assert torch.equal(moved["bias"], net.bias + 1)
+    expected = nn.functional.normalize(values["weight"] + 1, dim=-1)
+    torch.testing.assert_close(moved["weight"], expected)
 
 
 def test_hyperball():
@@ -194,6 +198,8 @@ def test_errors_come_before_the_first_step():
             attach(whole, lora, net)
     with pytest.raises(NotImplementedError, match="'weight': LoRA.* has no projection"):
         lora.project(net)
+    with pytest.raises(NotImplementedError, match="'weight': LoRA.* has no projection"):
+        lora.retract(net, net.state_dict())
     with pytest.raises(ValueError, match="'weight': p has a rule for it, but the network has no"):
         fp.project_after(whole, fp.parametrize(net, {"weight": UnitNorm()}), nn.ReLU(), state={})
     assert not whole._optimizer_step_post_hooks
