@@ -166,6 +166,14 @@ def moved_by_a_stranger():
     fp.move(p, p, raw, state, torch.optim.SGD([torch.ones(1)]))
 
 
+def moved_out_of_several_groups():
+    net = nn.Linear(2, 2)
+    p = fp.parametrize(net, {"weight": WeightNorm()})
+    raw, state = p.init(net)
+    optimizer = torch.optim.SGD(fp.groups(raw, p, net).param_groups(lr=0.1))
+    fp.move(p, fp.parametrize(net, []), raw, state, optimizer)
+
+
 def moved_in_views():
     p = fp.parametrize(NET, {"weight": WeightNorm(dim=None)})
     raw, state = p.init(NET)

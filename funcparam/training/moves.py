@@ -59,8 +59,8 @@ def move(
 
     Raises:
         ValueError: the parametrizations are of different weights; `q` cannot represent a value; the
-            optimizer does not have a tensor of raw, or keeps what nobody can carry over. Nothing
-            was changed.
+            optimizer does not have a tensor of raw, keeps what nobody can carry over, or has
+            several groups, of which nothing says the one for a new tensor. Nothing was changed.
 
     Example:
         >>> import torch, funcparam as fp
@@ -125,7 +125,7 @@ class _Weight:
         """What brings the optimizer along."""
         if not any(tensor.requires_grad for tensor in self.old.values()):
             return
-        group = self._group(optimizer)
+        homes = self._homes(optimizer)
         kept = {key: moments(optimizer, self._path(key), t) for key, t in self.old.items()}
         if self._stays():
             yield from self._carried(kept, old_chart, new_chart)
@@ -139,8 +139,12 @@ class _Weight:
             if self.result.get(key) is tensor:
                 yield partial(_begin_anew, optimizer.state.get(tensor, {}))
         gone = [t for k, t in self.old.items() if self.result.get(k) is not t]
-        come = [t for k, t in self.result.items() if self.old.get(k) is not t]
-        yield partial(_exchange, optimizer, group, gone, come)
+        come = [
+            (self._home(key, homes), self._path(key), tensor)
+            for key, tensor in self.result.items()
+            if self.old.get(key) is not tensor
+        ]
+        yield partial(_exchange, optimizer, gone, come)
 
     def _stays(self) -> bool:
         return all(self.result.get(key) is tensor for key, tensor in self.old.items()) and len(
@@ -168,7 +172,8 @@ class _Weight:
                 parts = done.reshape(len(views), *views[0].shape)
                 yield from (partial(v.copy_, part) for v, part in zip(views, parts, strict=True))
 
-    def _group(self, optimizer: Optimizer) -> dict[str, Any]:
+    def _homes(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+        """The group of each tensor of the old raw."""
         found: dict[int, dict[str, Any]] = {}
         for group in optimizer.param_groups:
             found |= {id(tensor): group for tensor in group["params"]}
@@ -178,7 +183,20 @@ class _Weight:
                     f"{self._path(key)!r}: expected an optimizer that has this tensor of raw; it is"
                     " in none of its groups. Give the optimizer that trains raw"
                 )
-        return found[id(next(iter(self.old.values())))]
+        return {key: found[id(tensor)] for key, tensor in self.old.items()}
+
+    def _home(self, key: str, homes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """The group for a new tensor: of the one with its key, or the only one that there is."""
+        if key in homes:
+            return homes[key]
+        first, *rest = homes.values()
+        if "kind" in first or any(group is not first for group in rest):
+            raise ValueError(
+                f"{self._path(key)!r}: expected a tensor that the optimizer has, or one group for"
+                f" all of {self.name!r}; it is new, and its group may be another. Move without the"
+                " optimizer, and make it anew"
+            )
+        return first
 
     def _path(self, key: str) -> str:
         return f"{self.name}.{key}" if key else self.name
@@ -252,11 +270,16 @@ def _begin_anew(own: Any) -> None:
 
 
 def _exchange(
-    optimizer: Optimizer, group: dict[str, Any], gone: list[Tensor], come: list[Tensor]
+    optimizer: Optimizer, gone: list[Tensor], come: list[tuple[dict[str, Any], str, Tensor]]
 ) -> None:
+    """Let tensors take the place of others, and their names where a group has names."""
     dropped = {id(tensor) for tensor in gone}
-    for other in optimizer.param_groups:
-        other["params"] = [tensor for tensor in other["params"] if id(tensor) not in dropped]
+    for group in optimizer.param_groups:
+        kept = [i for i, tensor in enumerate(group["params"]) if id(tensor) not in dropped]
+        own = [(name, tensor) for home, name, tensor in come if home is group]
+        for key in ("names", "param_names"):  # fp.groups', and PyTorch's
+            if key in group:
+                group[key] = [group[key][i] for i in kept] + [name for name, _ in own]
+        group["params"] = [group["params"][i] for i in kept] + [tensor for _, tensor in own]
     for tensor in gone:
         optimizer.state.pop(tensor, None)
-    group["params"] += come

@@ -140,6 +140,97 @@ def test_a_rule_that_is_added_changed_and_removed(make):
         assert all(t.requires_grad for t in fp.named(raw).values())
 
 
+def test_relora():
+    """An adapter is merged into its weight and a new one begins; the optimizer goes on.
+
+    Lialin et al., arXiv 2307.05695: its state of the factors is reset, the rest of it stays.
+    """
+    net = nn.Linear(5, 4, dtype=torch.float64)
+    p, bare = fp.parametrize(net, {"weight": LoRA(2, alpha=6)}), fp.parametrize(net, [])
+    torch.manual_seed(1)
+    raw, state = p.init(net)
+    optimizer = torch.optim.Adam(fp.trainable(raw), lr=0.05)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    def factors():
+        A = (torch.rand(2, 5, dtype=torch.float64) - 0.5) * (2 / 5**0.5)
+        return A.requires_grad_(), torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
+
+    torch.manual_seed(1)
+    (A, B), W = factors(), net.weight.detach().clone()
+    bias = net.bias.detach().clone().requires_grad_()
+    adam = torch.optim.Adam([A, B, bias], lr=0.05)
+    for cycle in range(3):
+        for i, (x, y) in enumerate(torch.randn(4, 2, 5, dtype=torch.float64)):
+            values = p(raw, state)
+            loss = (nn.functional.linear(x, values["weight"], values["bias"]) - y[:4]).square()
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+            schedule.step()
+            for group in adam.param_groups:
+                group["lr"] = 0.05 * 0.9 ** (4 * cycle + i)
+            adam.zero_grad()
+            ((W + 3 * B @ A) @ x + bias - y[:4]).square().sum().backward()
+            adam.step()
+            torch.testing.assert_close(p(raw, state)["weight"], W + 3 * B @ A)
+            torch.testing.assert_close(raw["bias"], bias)
+        kept = raw["bias"]
+        torch.manual_seed(cycle)
+        raw, state = fp.move(p, bare, raw, state, optimizer)
+        raw, state = fp.move(bare, p, raw, state, optimizer)
+
+        torch.manual_seed(cycle)
+        W = (W + 3 * B @ A).detach()
+        for tensor in (A, B):
+            del adam.state[tensor]
+        A, B = factors()
+        adam.param_groups[0]["params"] = [A, B, bias]
+        torch.testing.assert_close(state["weight"]["base"], W)
+        assert torch.equal(raw["weight"]["A"], A)
+        assert torch.equal(raw["weight"]["B"], B)
+        assert raw["bias"] is kept
+        assert {*optimizer.state} == {kept}
+        assert optimizer.state[kept]["step"] == 4 * (cycle + 1)
+
+
+def test_new_tensors_join_the_groups_of_those_that_they_replace():
+    net = nn.Linear(5, 4)
+    p, q = (fp.parametrize(net, {"weight": LoRA(rank)}) for rank in (1, 2))
+    raw, state = p.init(net)
+    groups = fp.groups(raw, p, net, lr_scale={"*.B": 16.0}).param_groups(lr=0.1)
+    optimizer = torch.optim.SGD(groups)
+    raw, state = fp.move(p, q, raw, state, optimizer)
+    assert held(optimizer, "names") == ids(raw)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert rates == {"weight.A": 0.1, "weight.B": pytest.approx(1.6), "bias": 0.1}
+    with pytest.raises(ValueError, match="'weight': expected a tensor that the .* its group may"):
+        fp.move(q, fp.parametrize(net, []), raw, state, optimizer)
+    assert held(optimizer, "names") == ids(raw)
+
+
+def test_names_that_an_optimizer_has_of_its_tensors_are_kept_up():
+    net = nn.Linear(5, 4)
+    p, q = fp.parametrize(net, []), fp.parametrize(net, {"weight": WeightNorm()})
+    raw, state = p.init(net)
+    fp.trainable(raw)
+    optimizer = torch.optim.SGD(fp.named(raw).items(), lr=0.1)
+    raw, state = fp.move(p, q, raw, state, optimizer)
+    assert held(optimizer, "param_names") == ids(raw)
+
+
+def held(optimizer, names):
+    """The tensors in an optimizer's groups, by the names that the groups have of them."""
+    found = {}
+    for group in optimizer.param_groups:
+        found |= dict(zip(group[names], map(id, group["params"]), strict=True))
+    return found
+
+
+def ids(raw):
+    return {name: id(tensor) for name, tensor in fp.named(raw).items()}
+
+
 def test_weights_whose_rule_stays_are_left_alone():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     p = fp.parametrize(net, {"0.weight": Orthogonal()})
