@@ -206,14 +206,20 @@ def expect_finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name!r}: expected finite values; got NaN or infinity")
 
 
-def expect_finite_raw(name: str, transform: AnyTransform, raw: Raw) -> None:
+def expect_finite_result(
+    name: str, transform: AnyTransform, value: Tensor, raw: Raw, state: State
+) -> None:
     """Raise where a right inverse led to NaN or infinity, from which nothing can be trained."""
-    tensors = [raw] if isinstance(raw, Tensor) else raw.values()
-    if not all(map(_is_finite, tensors)):
-        raise ValueError(
-            f"{name!r}: {transform!r} cannot represent this value: its right inverse gives NaN or"
-            " infinity"
-        )
+    named = {"": raw} if isinstance(raw, Tensor) else raw
+    for kind, tensors in (("raw", named), ("state", state)):
+        for key, tensor in tensors.items():
+            if tensor is not value and not _is_finite(tensor):
+                raise ValueError(
+                    f"{name!r}: {transform!r} cannot represent this value in"
+                    f" {str(tensor.dtype)[6:]}: its right inverse gives {kind}"
+                    f"{f' {key!r}' if key else ''} with NaN, or above the largest number"
+                    f" {torch.finfo(tensor.dtype).max:.6g}. A wider dtype may hold it"
+                )
 
 
 def _is_finite(tensor: Tensor) -> bool:

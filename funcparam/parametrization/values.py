@@ -16,7 +16,7 @@ from funcparam.parametrization.boundary import (
     StateTree,
     distance_moved,
     expect_finite,
-    expect_finite_raw,
+    expect_finite_result,
     value_of,
 )
 from funcparam.parametrization.names import closest
@@ -60,7 +60,7 @@ def inverted(
         except (NotImplementedError, ValueError) as error:
             raise type(error)(f"{name!r}: {error}") from error
         if finite:
-            expect_finite_raw(name, transform, raw[name])
+            expect_finite_result(name, transform, value, raw[name], own)
         if own:
             state[name] = own
     return raw, state

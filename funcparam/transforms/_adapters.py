@@ -24,6 +24,7 @@ from funcparam.transforms.contract.base import (
     expect_dim,
     expect_filled,
     expect_matrix,
+    expect_numbers,
     expect_real,
     largest,
 )
@@ -275,7 +276,7 @@ class LoHa(Transform[Mapping[str, Tensor]]):
 
     Raises:
         ValueError: `rank` is not positive; at `fp.parametrize`, if the value has fewer than two
-            dimensions.
+            dimensions, or its dtype has no such scale.
 
     Example:
         >>> import torch
@@ -314,7 +315,6 @@ class LoHa(Transform[Mapping[str, Tensor]]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
         m, n = value.flatten(1).shape
-        scale = (self.rank if self.alpha is None else self.alpha) / self.rank
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=value.dtype, device=value.device)
@@ -325,7 +325,7 @@ class LoHa(Transform[Mapping[str, Tensor]]):
             "A2": normal(self.rank, n),
             "B2": value.new_zeros(m, self.rank),
         }
-        return raw, {"base": value, "scale": value.new_full((), scale)}
+        return raw, {"base": value, "scale": value.new_full((), self._scale())}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value of `value - base` beyond `rank**2`, which is necessary only."""
@@ -335,6 +335,10 @@ class LoHa(Transform[Mapping[str, Tensor]]):
         super().check(value)
         expect_matrix(self, value)
         expect_filled(self, value.flatten(1))
+        expect_numbers(self, value.dtype, scale=self._scale())
+
+    def _scale(self) -> float:
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
 
 
 def _beyond(transform: AnyTransform, value: Tensor, state: State, rank: int) -> Tensor:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms.contract.arguments import POSITIVE_NUMBER, expect_argument
-from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
+from funcparam.transforms.contract.base import (
+    State,
+    Transform,
+    expect_matrix,
+    expect_numbers,
+    largest,
+)
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.frames import (
@@ -47,7 +53,7 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
 
     Raises:
         ValueError: `lam` is not in (0, 1]; at `fp.parametrize`, if the value has fewer than two
-            dimensions.
+            dimensions, or its dtype has no such number.
 
     Example:
         >>> import torch
@@ -108,6 +114,7 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+        expect_numbers(self, value.dtype, lam=self.lam)
 
 
 def _offset(spectrum: Tensor, lam: Tensor, value: Tensor) -> Tensor:

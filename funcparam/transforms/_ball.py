@@ -14,7 +14,14 @@ from funcparam.transforms.contract.arguments import (
     expect_argument,
     expect_choice,
 )
-from funcparam.transforms.contract.base import State, Transform, expect_dim, expect_real, largest
+from funcparam.transforms.contract.base import (
+    State,
+    Transform,
+    expect_dim,
+    expect_numbers,
+    expect_real,
+    largest,
+)
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.numerics.norms import norms
 
@@ -44,7 +51,7 @@ class Ball(Transform[Tensor]):
 
     Raises:
         ValueError: `p` is none of the three or `radius` is not positive; at `fp.parametrize`, if
-            the value is not real or has no dimension `dim`.
+            the value is not real, has no dimension `dim`, or its dtype has no such radius.
 
     Example:
         >>> import torch
@@ -109,6 +116,7 @@ class Ball(Transform[Tensor]):
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
+        expect_numbers(self, value.dtype, radius=self.radius)
         if self.dim is not None:
             expect_dim(self, value, self.dim)
 

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from funcparam.transforms.contract.arguments import NUMBER, expect_argument
-from funcparam.transforms.contract.base import State, Transform, expect_range, expect_real, largest
+from funcparam.transforms.contract.base import (
+    State,
+    Transform,
+    expect_numbers,
+    expect_range,
+    expect_real,
+    largest,
+)
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.inside import beside, inside, is_narrower
@@ -25,8 +32,8 @@ class Interval(Transform[Tensor]):
     Raw has the shape of the value. State `{"low", "high"}` holds the bounds as scalars, so that
     they can be moved or swept with `vmap`; `low` and `high` here are what init writes there,
     numbers and no tensors. Real dtypes. The right inverse is exact, the logit of
-    `(W - low) / (high - low)`. A value that would round to a bound is one or two steps of its dtype
-    inside of it, with the derivative of the formula.
+    `(W - low) / (high - low)`. A value that would round to a bound is the next number of its
+    dtype inside of it, or the one behind, with the derivative of the formula.
     Log-determinant: `sum(log(high - low) + log sigmoid(X) + log sigmoid(-X))`.
 
     Args:
@@ -34,8 +41,9 @@ class Interval(Transform[Tensor]):
         high: the upper bound, finite, above `low`.
 
     Raises:
-        ValueError: the bounds are not finite or not in order; at init, if an entry is not
-            strictly between them.
+        ValueError: the bounds are not finite or not in order; at `fp.parametrize`, if the dtype of
+            the value has no such bounds, or hardly a number between them; at init, if an entry is
+            not strictly between them.
 
     Example:
         >>> import torch
@@ -98,6 +106,15 @@ class Interval(Transform[Tensor]):
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
+        width = self.high - self.low
+        expect_numbers(self, value.dtype, or_zero=True, low=self.low, high=self.high)
+        expect_numbers(self, torch.promote_types(value.dtype, torch.float32), width=width)
+        step = max(abs(self.low), abs(self.high)) * torch.finfo(value.dtype).eps
+        if width < 3 * step:
+            raise ValueError(
+                f"{self!r} expects bounds with several numbers of {str(value.dtype)[6:]} between"
+                f" them, which are up to {step:.2g} apart there. Use a wider dtype for the weight"
+            )
 
     @full_precision
     def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
@@ -123,7 +140,8 @@ class LowerBound(Transform[Tensor]):
         low: the lower bound, finite.
 
     Raises:
-        ValueError: the bound is not finite; at init, if an entry is not above it.
+        ValueError: the bound is not finite; at `fp.parametrize`, if the dtype of the value has no
+            such number; at init, if an entry is not above it.
 
     Example:
         >>> import torch
@@ -173,6 +191,7 @@ class LowerBound(Transform[Tensor]):
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
+        expect_numbers(self, value.dtype, or_zero=True, low=self.low)
 
     @full_precision
     def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
@@ -197,7 +216,8 @@ class UpperBound(Transform[Tensor]):
         high: the upper bound, finite.
 
     Raises:
-        ValueError: the bound is not finite; at init, if an entry is not below it.
+        ValueError: the bound is not finite; at `fp.parametrize`, if the dtype of the value has no
+            such number; at init, if an entry is not below it.
 
     Example:
         >>> import torch
@@ -245,6 +265,7 @@ class UpperBound(Transform[Tensor]):
 
     def check(self, value: Tensor) -> None:
         expect_real(self, value)
+        expect_numbers(self, value.dtype, or_zero=True, high=self.high)
 
     @full_precision
     def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:

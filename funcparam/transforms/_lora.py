@@ -15,7 +15,7 @@ from funcparam.transforms.contract.arguments import (
     expect_argument,
     expect_choice,
 )
-from funcparam.transforms.contract.base import State, Transform, expect_matrix
+from funcparam.transforms.contract.base import State, Transform, expect_matrix, expect_numbers
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
@@ -57,7 +57,7 @@ class LoRA(Transform[Mapping[str, Tensor]]):
     Raises:
         ValueError: `rank` is not positive, `init` or `scale` is none of these, or `alpha` is not
             positive with `"pissa"`; at `fp.parametrize`, if the value has fewer than two
-            dimensions or `rank` exceeds one of the matrix's.
+            dimensions, `rank` exceeds one of the matrix's, or its dtype has no such scale.
 
     Example:
         >>> import torch
@@ -98,8 +98,7 @@ class LoRA(Transform[Mapping[str, Tensor]]):
         self, value: Tensor, *, generator: torch.Generator | None = None
     ) -> tuple[Mapping[str, Tensor], State]:
         matrix = value.flatten(1)
-        alpha = self.rank if self.alpha is None else self.alpha
-        scale = alpha / (self.rank if self.scale == "lora" else sqrt(self.rank))
+        scale = self._scale()
         A, B = self._factors(matrix, scale, generator)
         base = value
         if self.init in _FROM_THE_VALUE:
@@ -122,6 +121,11 @@ class LoRA(Transform[Mapping[str, Tensor]]):
                 f"{self!r} expects a matrix with both sides at least {self.rank};"
                 f" got shape {tuple(value.shape)}, as a matrix {(m, n)}"
             )
+        expect_numbers(self, value.dtype, scale=self._scale())
+
+    def _scale(self) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank if self.scale == "lora" else sqrt(self.rank))
 
     def _factors(
         self, matrix: Tensor, scale: float, generator: torch.Generator | None

@@ -15,7 +15,7 @@ from funcparam.transforms.contract.arguments import (
     is_finite,
     keep_integers,
 )
-from funcparam.transforms.contract.base import State, Transform, expect_dim
+from funcparam.transforms.contract.base import State, Transform, expect_dim, expect_numbers
 from funcparam.transforms.contract.precision import full_precision
 
 _FACTOR = Kind("a finite number that is not 0", (int, float), lambda x: x != 0 and is_finite(x))
@@ -36,7 +36,8 @@ class Affine(Transform[Tensor]):
         shift: the offset, finite.
 
     Raises:
-        ValueError: `scale` or `shift` is not finite, or `scale` is 0.
+        ValueError: `scale` or `shift` is not finite, or `scale` is 0; at `fp.parametrize`, if the
+            dtype of the value has no such number.
 
     Example:
         >>> import torch
@@ -84,6 +85,11 @@ class Affine(Transform[Tensor]):
     def log_derivative(self, raw: Tensor, state: State) -> Tensor:
         coordinates = 2 if raw.is_complex() else 1
         return (coordinates * state["scale"].abs().log()).expand(raw.shape)
+
+    def check(self, value: Tensor) -> None:
+        super().check(value)
+        expect_numbers(self, value.dtype, scale=self.scale)
+        expect_numbers(self, value.dtype, or_zero=True, shift=self.shift)
 
 
 @final

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms.contract.arguments import NUMBER, POSITIVE_INTEGER, expect_argument
-from funcparam.transforms.contract.base import State, Transform, expect_filled, expect_matrix
+from funcparam.transforms.contract.base import (
+    State,
+    Transform,
+    expect_filled,
+    expect_matrix,
+    expect_numbers,
+)
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 
@@ -34,7 +40,7 @@ class RandLoRA(Transform[Mapping[str, Tensor]]):
 
     Raises:
         ValueError: `rank` is not positive; at `fp.parametrize`, if the value has fewer than two
-            dimensions.
+            dimensions, or its dtype has no such scale.
 
     Example:
         >>> import torch
@@ -71,7 +77,6 @@ class RandLoRA(Transform[Mapping[str, Tensor]]):
     ) -> tuple[Mapping[str, Tensor], State]:
         short, long = sorted(value.flatten(1).shape)
         products = -(-short // self.rank)
-        scale = (self.rank if self.alpha is None else self.alpha) / self.rank
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=value.dtype, device=value.device)
@@ -81,7 +86,7 @@ class RandLoRA(Transform[Mapping[str, Tensor]]):
             "gamma": value.new_full((products, short), 1 / max(products, short)),
         }
         factors = {"A": normal(self.rank, short), "B": normal(products, long, self.rank)}
-        return raw, {"base": value, **factors, "scale": value.real.new_full((), scale)}
+        return raw, {"base": value, **factors, "scale": value.real.new_full((), self._scale())}
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Zero: the update has full rank."""
@@ -91,3 +96,7 @@ class RandLoRA(Transform[Mapping[str, Tensor]]):
         super().check(value)
         expect_matrix(self, value)
         expect_filled(self, value.flatten(1))
+        expect_numbers(self, value.dtype, scale=self._scale())
+
+    def _scale(self) -> float:
+        return (self.rank if self.alpha is None else self.alpha) / self.rank

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from funcparam.transforms.contract.arguments import POSITIVE_NUMBER, expect_argument
-from funcparam.transforms.contract.base import State, Transform, expect_matrix, largest
+from funcparam.transforms.contract.base import (
+    State,
+    Transform,
+    expect_matrix,
+    expect_numbers,
+    largest,
+)
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.orthogonal_maps import identity_like
@@ -38,7 +44,7 @@ class SpectralCap(Transform[Tensor]):
 
     Raises:
         ValueError: `cap` is not positive; at `fp.parametrize`, if the value has fewer than two
-            dimensions.
+            dimensions, or its dtype has no such number.
 
     Example:
         >>> import torch
@@ -100,3 +106,4 @@ class SpectralCap(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_matrix(self, value)
+        expect_numbers(self, value.dtype, cap=self.cap)

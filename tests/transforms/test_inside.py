@@ -97,3 +97,24 @@ def test_distributions_take_saturated_values():
     p = transform.forward(torch.tensor([17.0]), state)
     assert Beta(2.0, 2.0).log_prob(p).isfinite().all()
     NegativeBinomial(3.0, p, validate_args=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(100, 104), (-1, 1), (0.1, 0.7), (0, 2), (-8, -2), (1000, 1064), (-0.3, 64.25)],
+)
+def test_saturated_values_are_the_next_numbers_beside_the_bounds(low, high, dtype):
+    """The numbers of a dtype by their bits, as no function of PyTorch's gives them for float16."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).double()
+    raw = torch.tensor([-torch.inf, torch.inf], dtype=dtype)
+    for held in (torch.float32, dtype):
+        state = {"low": torch.tensor(low, dtype=held), "high": torch.tensor(high, dtype=held)}
+        between = every[(every > state["low"].double()) & (every < state["high"].double())]
+        if low == 0:  # subnormal numbers are no bfloat16 of a device
+            between = between[between >= torch.finfo(torch.float32).tiny]
+        near = between.sort().values
+        first, last = Interval(low, high).forward(raw, state).double()
+        beyond = 1 if held == dtype else 2  # from a bound that is no number of the dtype
+        assert first in near[:beyond]
+        assert last in near[-beyond:]

@@ -351,6 +351,25 @@ def expect_dim(transform: AnyTransform, value: Tensor, dim: int) -> None:
         )
 
 
+def expect_numbers(
+    transform: AnyTransform, dtype: torch.dtype, *, or_zero: bool = False, **numbers: float
+) -> None:
+    """Raise ValueError unless numbers, by their names, stay numbers when `dtype` holds them.
+
+    Too large ones would be infinite, and too small ones 0, which `or_zero` lets pass: a bound that
+    is rounded is one still, a factor of 0 is not.
+    """
+    info = torch.finfo(dtype)
+    least = 0.0 if or_zero else info.tiny * info.eps
+    for name, number in numbers.items():
+        if number != 0 and not least <= abs(number) <= info.max:
+            raise ValueError(
+                f"{transform!r} expects {name} to be a number of {str(dtype)[6:]}, which are from"
+                f" {info.tiny * info.eps:.2g} to {info.max:.6g} in size; got {number}. Use a wider"
+                " dtype for the weight"
+            )
+
+
 def expect_all(transform: AnyTransform, condition: Tensor, message: str) -> None:
     """Raise ValueError unless `condition` holds everywhere, where its entries can be read.
 

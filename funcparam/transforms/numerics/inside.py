@@ -35,8 +35,12 @@ def inside(
 
 
 def step(bound: Tensor, rounded_to: torch.finfo) -> Tensor:
-    """From a number to the next one of a narrower dtype, or the one behind that."""
-    return (bound.abs() * rounded_to.eps).clamp_min(least_positive(bound.dtype, rounded_to))
+    """How far from a number it takes to be rounded to the next one of a narrower dtype.
+
+    That is a little more than half of the way there, and up to all of it.
+    """
+    half = 0.51 * rounded_to.eps * bound.abs()
+    return half.clamp_min(least_positive(bound.dtype, rounded_to))
 
 
 def is_narrower(rounded_to: torch.finfo, dtype: torch.dtype) -> bool:
