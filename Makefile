@@ -39,7 +39,7 @@ coverage: $(READY)-coverage ## Run all tests, and say which lines and branches t
 	$(BIN)/coverage report
 
 .PHONY: mutation
-mutation: $(READY)-mutation ## Change lines of transforms/ and see that a test fails; ARGS="--count 10 FILE"
+mutation: $(READY)-mutation ## Change lines and see that a test fails; ARGS="--count 10 FILE"
 	$(BIN)/python -m tests.mutation $(ARGS)
 
 .PHONY: lint
