@@ -73,8 +73,8 @@ class DeLoRA(Transform[Mapping[str, Tensor]]):
     @full_precision
     def forward(self, raw: Mapping[str, Tensor], state: State) -> Tensor:
         base, A, B = state["base"], raw["A"], raw["B"]
-        scale = raw["lambda"] / self.rank / (_lengths(A, 1) * _lengths(B, 0))
-        delta = ((B * scale) @ A) * state["norms"]
+        strength = raw["lambda"] / self.rank / _lengths(A, 1)  # a product of lengths may overflow
+        delta = ((B / _lengths(B, 0) * strength) @ A) * state["norms"]
         return base + delta.reshape(base.shape).to(base.dtype)
 
     @full_precision

@@ -116,7 +116,7 @@ class Invertible(Transform[Tensor]):
         inverse = -singular.to(diagonal.dtype)
         base = _slogdet(state["base"]).logabsdet
         below = torch.arange(n - 1, -1, -1, dtype=diagonal.dtype, device=diagonal.device)
-        slopes = log_diagonal - torch.log1p(diagonal.square()) / 2
+        slopes = log_diagonal - torch.hypot(torch.ones_like(diagonal), diagonal).log()
         if not raw.is_complex():
             return (n * base + (n - 1) * inverse + (below * log_diagonal + slopes).sum(-1)).sum()
         columns = ((2 * below + 1) * log_diagonal + slopes).sum(-1)

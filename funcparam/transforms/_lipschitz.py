@@ -118,7 +118,7 @@ class AOL(Transform[Tensor]):
     dilation, and so does the transposed convolution by the same kernel. That is so with any zero
     padding, and with circular padding of at most `dilation * (k - 1)` entries in all along each
     axis, which `padding="same"` takes. Wider circular padding, as `padding=1` of two taps, repeats
-    outputs, and goes up to about 1.4; with reflected or replicated padding there is no bound of 1.
+    outputs, and reflected or replicated padding repeats inputs: with these the norm may be above 1.
 
     Raw has the shape of the value. Inputs of zeros stay 0. The image is smaller than the values
     of spectral norm at most 1: it is those `W` with `N(W) d = d` for a positive `d`, orthonormal

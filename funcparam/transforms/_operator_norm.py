@@ -29,7 +29,8 @@ class OperatorNorm(Transform[Tensor]):
     [`SpectralNorm`][funcparam.transforms.SpectralNorm] of the reshaped kernel is not: for a kernel
     of `k` taps that is off by up to `sqrt(k)`. On inputs of other sizes, and with zero padding, the
     norm is at most `(1 - 2 / samples)^(-1/4)` for each dimension: 1.19 of the default 4, 1.07 of 8.
-    A stride does not add to it.
+    A stride does not add to it. Circular padding of more than `dilation * (k - 1)` entries in all
+    along an axis, and reflected or replicated padding, repeat entries, and the norm may be larger.
 
     Raw is a kernel `(out, in / groups, *taps)`, as the value, and starts as it. There is no state:
     each evaluation takes a Fourier transform and the singular values at all frequencies. Real

@@ -125,8 +125,13 @@ class Product(Parts):
             drawn = torch.randn(B.shape, generator=generator, dtype=B.dtype, device=B.device)
             stuck = (B == 0).all(-2, keepdim=True) & (start(0, B) != 0).any(-2, keepdim=True)
             others = reduce(torch.matmul, middle, start(0, torch.where(stuck, drawn, B)))
-            # the factor nearest to A with which the product is nearest to the value
-            start(last, A + linalg.pinv(others) @ (value - others @ A))
+            # The factor nearest to A with which the product is nearest to the value. Each step
+            # leaves the rounding of the A before it, which beside orthonormal columns is as large
+            # as the root of the value: four are enough for the least number.
+            inverse: Tensor = linalg.pinv(others)
+            for _ in range(4):
+                A = A + inverse @ (value - others @ A)
+            start(last, A)
         ordered = [pairs[i] for i in range(last + 1)]
         return merged([raw for raw, _ in ordered]), merged([own for _, own in ordered])
 

@@ -65,10 +65,11 @@ class SpectralCap(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        # nothing is cut if all entries have no larger norm; products would round small ones away
-        kept = linalg.matrix_norm(raw.detach(), keepdim=True) <= state["cap"]
         wide = raw.shape[-2] < raw.shape[-1]
-        Y = torch.where(kept, 0, raw.mH if wide else raw) / state["cap"]
+        Y = (raw.mH if wide else raw) / state["cap"]
+        # nothing is cut if all entries have no larger norm; products would round small ones away
+        kept = linalg.matrix_norm(Y.detach(), keepdim=True) <= 1
+        Y = torch.where(kept, 0, Y)
         identity = identity_like(Y[..., :1, :].mH @ Y[..., :1, :])
         Q = polar_factor(Y)
         S = Q.mH @ Y

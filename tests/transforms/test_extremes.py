@@ -1,5 +1,7 @@
 """Weights of 1e-25 and 1e20, determinants that rounding hides, logarithms that would underflow."""
 
+from itertools import product
+
 import mpmath
 import numpy as np
 import pytest
@@ -15,19 +17,23 @@ from funcparam.transforms import (
     OFT,
     DeLoRA,
     DoRA,
+    Identity,
     Invertible,
+    Orthogonal,
     PositiveDefinite,
+    Product,
     SpecialLinear,
+    SpectralCap,
     SpectralNorm,
+    Stiefel,
     UnitNorm,
     WeightNorm,
     WeightStandardization,
 )
 from tests.cases import CASES, every_case, value_of
 
-# what bounds a norm from below by eps, adds a number, has small values inside, or starts with
-# factors of the root's size
-NOT_TINY = ("SpectralNorm", "WeightStandardization", "Affine", "Ball", "Product")
+# what bounds a norm from below by eps, adds a number, or has small values inside
+NOT_TINY = ("SpectralNorm", "WeightStandardization", "Affine", "Ball")
 
 
 def oracle(case):
@@ -77,6 +83,24 @@ def test_vectors_and_deviations_of_1e20():
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e20, 1e30])
+def test_spectral_cap_does_not_see_the_scale_of_all(scale):
+    value, cap = torch.diag(torch.tensor([3.0, 1.0])), float(2 * torch.tensor(scale))
+    found = SpectralCap(cap).forward(*SpectralCap(cap).right_inverse(scale * value))
+    torch.testing.assert_close(found / scale, torch.diag(torch.tensor([2.0, 1.0])))
+    kept = SpectralCap(2 * cap)
+    assert torch.equal(kept.forward(*kept.right_inverse(scale * value)), scale * value)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e-6, 1e20, 1e30])
+@pytest.mark.parametrize("first", [Stiefel(), Orthogonal(), Orthogonal("qr")], ids=str)
+def test_factors_of_a_product_take_values_of_any_scale(first, scale):
+    value = scale * torch.randn(5, 2) @ torch.randn(2, 4)
+    product = Product(first, Identity(), inner=2)
+    found = product.forward(*product.right_inverse(value))
+    torch.testing.assert_close(found / scale, value / scale, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e20, 1e30])
 def test_reflections_do_not_see_the_lengths_of_their_vectors(scale):
     _, state = HRA(4).right_inverse(torch.randn(3, 5))
     u = torch.randn(5, 4)
@@ -89,9 +113,16 @@ def test_delora_does_not_see_the_lengths_of_its_factors(scale):
     raw, state = DeLoRA(2).right_inverse(torch.randn(4, 5))
     raw["B"] = torch.randn(4, 2)
     expected = DeLoRA(2).forward(raw, state)
-    for key in ("A", "B"):
-        found = DeLoRA(2).forward({**raw, key: scale * raw[key]}, state)
-        torch.testing.assert_close(found, expected)
+    lengthened = {"A": scale * raw["A"], "B": scale * raw["B"]}
+    for keys in (["A"], ["B"], ["A", "B"]):
+        longer = {**raw, **{key: lengthened[key] for key in keys}}
+        torch.testing.assert_close(DeLoRA(2).forward(longer, state), expected)
+
+    def gradient(A):
+        loss = lambda B: DeLoRA(2).forward({**raw, "A": A, "B": B}, state).square().sum()  # noqa: E731
+        return grad(loss)(raw["B"])
+
+    torch.testing.assert_close(gradient(lengthened["A"]), gradient(raw["A"]))
 
 
 @pytest.mark.parametrize("size", [1.0, 1e3, 1e4])
@@ -130,8 +161,7 @@ def test_weight_norm_of_nothing_has_finite_gradients(shape, dim):
 # determinants
 
 
-@pytest.mark.parametrize("size", [1.0, 1e3, 1e6, 1e8])
-@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize(("n", "size"), [*product([2, 3, 5], [1.0, 1e3, 1e6, 1e8]), (2, 1e25)])
 def test_log_determinant_of_invertible_at_large_raw(n, size):
     raw = torch.randn(n, n) * size
     state = {"base": torch.eye(n)}
