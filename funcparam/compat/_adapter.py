@@ -53,7 +53,8 @@ class TransformModule(nn.Module):
             # backward keeps what the value came from, and the next step writes to the buffers
             return {key: tensor.clone() for key, tensor in state.items()}
         new = updated(self.transform, raw, state)
-        write(state, new)
+        for key, buffer in state.items():
+            write(buffer, new[key])
         return new
 
     def right_inverse(self, value: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -106,15 +107,14 @@ def steps(part: nn.Module) -> bool:
     return part.training and (torch.compiler.is_compiling() or graph_task() == -1)
 
 
-def write(buffers: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-    """Write new state into the buffers, in place: replicas and checkpoints share them.
+def write(buffer: Tensor, new: Tensor) -> None:
+    """Write new state into a buffer, in place: replicas and checkpoints share it.
 
     Under `vmap` or `grad` over raw alone the new state belongs to the transform and has no
     place in a buffer outside of it; it served this call and is dropped.
     """
-    for key, buffer in buffers.items():
-        if new[key] is not buffer and not _escapes(new[key], buffer):
-            buffer.copy_(new[key])
+    if new is not buffer and not (_private.is_transforming() and _escapes(new, buffer)):
+        buffer.copy_(new)
 
 
 class FunctionModule(nn.Module):
@@ -164,7 +164,7 @@ def as_module(parametrization: object) -> nn.Module:
 
 def _escapes(new: Tensor, buffer: Tensor) -> bool:
     if torch.compiler.is_compiling():
-        return _private.is_transforming()
+        return True
     return torch.func.debug_unwrap(new) is not new and torch.func.debug_unwrap(buffer) is buffer
 
 

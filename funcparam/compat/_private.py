@@ -80,11 +80,8 @@ def is_transforming() -> bool:
 
 
 def not_compiled(reason: str) -> Callable[[Function], Function]:
-    """`torch.compiler.disable`, which takes a reason from torch 2.8 on."""
-    try:
-        return cast("Any", torch.compiler.disable)(reason=reason)
-    except TypeError:
-        return cast("Any", torch.compiler.disable)()
+    """`torch.compiler.disable` in its form that costs little where nothing is compiled."""
+    return cast("Any", torch.compiler.disable)(recursive=False, reason=reason)
 
 
 def run_eagerly_alone(function: FunctionType) -> None:

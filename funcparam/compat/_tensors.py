@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from funcparam.compat import _private
 
+_TABLES = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+
 
 def register(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Make `tensor` a parameter or buffer of `module`, whichever it is."""
@@ -20,7 +22,8 @@ def register(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
     """The parameters and buffers of the module itself."""
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    own = vars(module)  # parameters() and buffers() take ten times as long
+    return [x for x in (*own["_parameters"].values(), *own["_buffers"].values()) if x is not None]
 
 
 def put(dest: Tensor, src: Tensor) -> None:
@@ -51,17 +54,17 @@ def all_or_nothing(modules: Iterable[nn.Module], tensors: Iterable[Tensor] = ())
         modules: their classes, attributes, hooks and tables, and what is in their buffers.
         tensors: what the block may give other data.
     """
-    before = [(part, _Snapshot(part)) for part in modules]
-    written = Values(x for part, _ in before for x in part.buffers(recurse=False))
+    before = [_Snapshot(part) for part in modules]
     held = [(tensor, tensor.detach(), tensor.grad) for tensor in tensors]
     try:
         yield
     except BaseException:
-        for part, snapshot in before:
-            snapshot.restore(part)
+        for snapshot in before:
+            snapshot.restore()
         for tensor, alias, grad in held:
             _restore(tensor, alias, grad)
-        written.put_back()
+        for snapshot in before:
+            snapshot.written.put_back()
         raise
 
 
@@ -89,22 +92,18 @@ def state_kept(parts: nn.Module) -> Generator[None]:
 
 
 class _Snapshot:
-    """The class and the attributes of one module, its tables copied."""
+    """The class and the attributes of one module, its tables copied, and what is in its buffers."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.type = type(module)
-        self.attributes = vars(module).copy()
-        # most tables are empty, and need no copy
-        self.tables: list[tuple[Any, Any]] = [
-            (table, table.copy() if table else ())
-            for table in self.attributes.values()
-            if isinstance(table, (dict, set))
-        ]
+        self.module, self.type = module, type(module)
+        self.attributes = own = vars(module).copy()
+        self.tables: list[tuple[Any, Any]] = [(own[name], own[name].copy()) for name in _TABLES]
+        self.written = Values(x for x in own["_buffers"].values() if x is not None)
 
-    def restore(self, module: nn.Module) -> None:
-        module.__class__ = self.type
-        vars(module).clear()
-        vars(module).update(self.attributes)
+    def restore(self) -> None:
+        self.module.__class__ = self.type
+        vars(self.module).clear()
+        vars(self.module).update(self.attributes)
         for table, copy in self.tables:
             table.clear()
             table.update(copy)

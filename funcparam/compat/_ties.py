@@ -29,15 +29,10 @@ def other_owner(tensor: Tensor, *places: tuple[nn.Module, str]) -> str | None:
 @_private.not_compiled("references to a parameter are counted")
 def may_be_tied(module: nn.Module, name: str) -> bool:
     """False if nothing but `module` holds the tensor; an optimizer or a variable may be it."""
-    alone = nn.Module()
-    alone.register_parameter("alone", nn.Parameter())
-    return _references(module, name) > _references(alone, "alone")
-
-
-def _references(module: nn.Module, name: str) -> int:
     own: Any = vars(module)
     table = own["_parameters"] if name in own["_parameters"] else own["_buffers"]
-    return sys.getrefcount(table.get(name))
+    alone = {name: object()}
+    return sys.getrefcount(table.get(name)) > sys.getrefcount(alone.get(name))
 
 
 def _owners(tensor: Tensor) -> Iterator[tuple[nn.Module, str]]:

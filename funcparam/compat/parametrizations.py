@@ -13,6 +13,7 @@ from funcparam.compat._adapter import steps, write
 from funcparam.compat.parametrize import register_parametrization
 from funcparam.parametrization.sharding import whole
 from funcparam.transforms import Orthogonal, SpectralNorm, WeightNorm
+from funcparam.transforms.numerics.power_iteration import power_iteration
 
 __all__ = ["orthogonal", "spectral_norm", "weight_norm"]
 
@@ -153,11 +154,6 @@ class _WeightNorm(_private.TorchWeightNorm):
             return direction * (magnitude / torch.norm_except_dim(direction, 2, self.dim))
         return self.transform.forward({"magnitude": magnitude, "direction": direction}, {})
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Magnitude and direction; the direction is `weight` itself where it has one."""
-        magnitude = self.transform.right_inverse(weight.detach())[0]["magnitude"]
-        return magnitude.reshape(()) if self.transform.dim is None else magnitude, weight
-
     def rename_legacy_keys(self, state_dict: dict[str, Any], prefix: str, name: str) -> None:
         """Take `weight_g` and `weight_v` of a checkpoint for `original0` and `original1`."""
         old = [f"{prefix}{name}_{letter}" for letter in "gv"]
@@ -211,29 +207,29 @@ class _SpectralNorm(_private.TorchSpectralNorm):
         weight = whole(weight)
         if weight.ndim == 1:
             return SpectralNorm(eps=self.eps).forward(weight, {})
-        vectors = None
-        if steps(self):
-            matrix = self._reshape_weight_to_matrix(weight)
-            vectors = self._power_method(matrix, self.n_power_iterations)
+        matrix = self._reshape_weight_to_matrix(weight)
+        vectors = self._power_method(matrix, self.n_power_iterations) if steps(self) else None
         # clones, since backward keeps them and the next step writes to the buffers
         u, v = vectors or (self._u.clone(), self._v.clone())
-        return SpectralNorm(self.dim, eps=self.eps).forward(weight, {"u": u, "v": v})
+        sigma = torch.vdot(u, torch.mv(matrix, v))
+        return weight / (sigma + (sigma == 0))  # zero stays zero
 
     def _power_method(
         self, weight_mat: Tensor, n_power_iterations: int
     ) -> tuple[Tensor, Tensor] | None:
         """Iterate, write the vectors to the buffers, and return them."""
-        state = {"u": self._u, "v": self._v}
-        new = SpectralNorm(0, n_power_iterations, self.eps).update(weight_mat, state)
-        write(state, new)
-        return new["u"], new["v"]
+        old = self._u, self._v
+        new = power_iteration(weight_mat.detach(), *old, n_power_iterations, self.eps)
+        for buffer, vector in zip(old, new, strict=True):
+            write(buffer, vector)
+        return new
 
     def restart(self, weight: Tensor) -> None:
         """Take the exact singular vectors of `weight`."""
         if weight.ndim > 1:
-            matrix = self._reshape_weight_to_matrix(weight)
-            _, new = SpectralNorm(eps=self.eps).right_inverse(matrix)
-            write({"u": self._u, "v": self._v}, new)
+            _, new = SpectralNorm(self.dim, eps=self.eps).right_inverse(weight)
+            write(self._u, new["u"])
+            write(self._v, new["v"])
 
 
 # Under their names in torch they are private; to the rest of compat they are not.

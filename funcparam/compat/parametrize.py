@@ -73,8 +73,9 @@ def register_parametrization(
         delattr(module, tensor_name)
         if not is_parametrized(module):
             module.parametrizations = nn.ModuleDict()
-        _set_class(module, {*_lists(module), tensor_name})
-        _lists(module)[tensor_name] = held
+        lists = _lists(module)
+        _set_class(module, {*lists, tensor_name})
+        lists[tensor_name] = held
     return module
 
 
@@ -205,21 +206,25 @@ def remove_parametrizations(
     """
     if not is_parametrized(module, tensor_name):
         raise ValueError(f"Module {module} does not have a parametrization on {tensor_name}")
-    held = _lists(module)[tensor_name]
+    lists = _lists(module)
+    held = cast("ParametrizationList", lists[tensor_name])
     with all_or_nothing(_concerned(module), own_tensors(held)):
-        tensor = _plain_tensor(module, tensor_name, leave_parametrized)
-        del _lists(module)[tensor_name]
-        names = set(_lists(module))
-        if not names:
+        tensor = _plain_tensor(module, tensor_name, held, leave_parametrized)
+        del lists[tensor_name]
+        if not lists:
             delattr(module, "parametrizations")
-        _set_class(module, names)
+        _set_class(module, set(lists))
         register(module, tensor_name, tensor)
     return module
 
 
-def _plain_tensor(module: nn.Module, name: str, keep_value: bool) -> Tensor:  # noqa: FBT001
+def _plain_tensor(
+    module: nn.Module,
+    name: str,
+    held: ParametrizationList,
+    keep_value: bool,  # noqa: FBT001
+) -> Tensor:
     """What becomes of a tensor when its parametrizations go."""
-    held = cast("ParametrizationList", _lists(module)[name])
     if not held.is_tensor:
         if not keep_value:
             raise ValueError(
@@ -299,7 +304,7 @@ def transfer_parametrizations_and_params(
     """
     if not is_parametrized(from_module):
         return to_module
-    names = list(_lists(from_module)) if tensor_name is None else [tensor_name]
+    names = [*_lists(from_module)] if tensor_name is None else [tensor_name]
     modules = [*_concerned(to_module), *_concerned(from_module)]
     with all_or_nothing(modules, own_tensors(to_module)):
         for name in names:
@@ -328,7 +333,7 @@ def _concerned(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _lists(module: nn.Module) -> nn.ModuleDict:
-    return cast("nn.ModuleDict", module.parametrizations)
+    return vars(module)["_modules"]["parametrizations"]
 
 
 @_private.not_compiled("a module gets another class")

@@ -18,6 +18,7 @@ from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.norms import norms
+from funcparam.transforms.numerics.power_iteration import direction, power_iteration
 from funcparam.transforms.numerics.top_singular_value import top_singular_value
 
 _SMALL = 64 * 64
@@ -116,11 +117,8 @@ class SpectralNorm(Transform[Tensor]):
     def update(self, raw: Tensor, state: State) -> State:
         if raw.ndim == 1 or self.n_power_iterations is None:
             return state
-        X = self._matrix(raw.detach())
-        u, v = state["u"], state["v"]
-        for _ in range(self.n_power_iterations):
-            u = self._direction(X @ v, u)
-            v = self._direction(X.mH @ u, v)
+        X, iterations = self._matrix(raw.detach()), self.n_power_iterations
+        u, v = power_iteration(X, state["u"], state["v"], iterations, self.eps)
         return {"u": u, "v": v}
 
     @full_precision
@@ -130,8 +128,8 @@ class SpectralNorm(Transform[Tensor]):
         X = self._matrices(raw.detach())
         u, v = state["u"], state["v"]
         for _ in range(self.n_power_iterations or 0):
-            u = self._direction((X * v.unsqueeze(-2)).sum(-1), u)
-            v = self._direction((X * u.unsqueeze(-1)).sum(-2), v)
+            u = direction((X * v.unsqueeze(-2)).sum(-1), u, self.eps)
+            v = direction((X * u.unsqueeze(-1)).sum(-2), v, self.eps)
         return {"u": u, "v": v}
 
     @full_precision
@@ -167,15 +165,9 @@ class SpectralNorm(Transform[Tensor]):
                 f"{self!r} expects a tensor with entries; got shape {tuple(value.shape)}"
             )
 
-    def _direction(self, vector: Tensor, last: Tensor) -> Tensor:
-        """`vector` with norm 1; the last one where it is zero or its norm overflows."""
-        norm: Tensor = linalg.vector_norm(vector, dim=-1, keepdim=True)
-        usable = norm.clamp(self.eps, torch.finfo(norm.dtype).max)
-        return torch.where(norm == usable, vector / usable, last)
-
     def _divisor(self, sigma: Tensor) -> Tensor:
         """Sigma, and 1 more where it counts as zero."""
-        return sigma + (sigma.abs() < self.eps)
+        return sigma + (sigma.detach().abs() < self.eps)
 
     def _sums_do(self, stack: Tensor) -> bool:
         """Whether a stack is served by products of entries and sums; they beat small matmuls."""
