@@ -75,7 +75,9 @@ class SpectralCap(Transform[Tensor]):
         S = Q.mH @ Y
         # 1 - s and (1 - s) / (1 + s) have one sign, and the latter is in [-1, 1] however large s is
         inverse, _ = cast("tuple[Tensor, Tensor]", linalg.inv_ex(identity + (S + S.mH) / 2))
-        sign = polar_factor(2 * inverse - identity)
+        # at s = 1 the sign of what is left would be that of its rounding
+        some = 16 * torch.finfo(raw.dtype).eps
+        sign = polar_factor(2 * inverse - (1 - some) * identity)
         below = (identity + sign) / 2
         # twice, since once leaves of a large s its rounding
         W = (Q + (Y - Q) @ below @ below) * state["cap"]

@@ -55,6 +55,15 @@ def test_spectral_cap_has_derivatives_where_singular_values_are_equal():
     assert hessian(loss)(X).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_spectral_cap_trains_from_an_orthogonal_matrix(dtype):
+    """All singular values are at the bound; no derivative of a projection is longer than 1."""
+    Q = torch.linalg.qr(torch.randn(6, 6, dtype=dtype)).Q
+    raw, state = SpectralCap(1.0).right_inverse(Q)
+    J = torch.func.jacrev(lambda x: SpectralCap(1.0).forward(x, state))(raw).reshape(36, 36)
+    torch.testing.assert_close(J, torch.eye(36, dtype=dtype), rtol=0, atol=1e-5)
+
+
 def test_spectral_cap_keeps_large_ratios():
     U, V = (torch.linalg.qr(torch.randn(6, 6, dtype=D))[0] for _ in range(2))
     s = torch.tensor([1e4, 50.0, 2.0, 1.0, 1e-3, 1e-6], dtype=D)
