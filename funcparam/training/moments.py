@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from funcparam.transforms.contract.solve import Chart, lifted, pull
-
 _ORDERS: tuple[tuple[str, int], ...] = (
     ("exp_avg", 1),
     ("momentum_buffer", 1),
@@ -45,18 +43,6 @@ def moments(optimizer: Optimizer, name: str, tensor: Tensor) -> dict[str, list[T
 def order(key: str) -> int:
     """1 of a mean of gradients, 2 of a mean of their squares."""
     return dict(_ORDERS)[key]
-
-
-def carried(
-    old: Chart, x: dict[str, Tensor], new: Chart, y: dict[str, Tensor], moment: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    r"""Carry a mean of gradients in `x` over to `y`, where `old(x) == new(y)`.
-
-    A gradient is `m_x = J_old^T m` for a gradient `m` of the value. This finds the shortest `m`
-    that comes closest, `m = J_old (J_old^T J_old)^+ m_x`, and returns `J_new^T m`. What of `m_x` no
-    gradient at `x` can be is dropped.
-    """
-    return pull(new, y, lifted(old, x, moment))
 
 
 def carried_squares(

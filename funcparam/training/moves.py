@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 
 from funcparam.parametrization.boundary import RawTree, StateTree
 from funcparam.parametrization.parametrization import Parametrization
-from funcparam.training.moments import carried, carried_squares, moments, order
+from funcparam.training.moments import carried_squares, moments, order
 from funcparam.training.together import Together
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
-from funcparam.transforms.contract.solve import Chart
+from funcparam.transforms.contract.solve import Forward, carried, flat, unflat
+from funcparam.transforms.contract.steps import detached
 
 Moved = tuple[dict[str, Raw], dict[str, State]]
+Carry = Callable[[Raw], Raw]
 
 
 def move(
@@ -84,15 +86,14 @@ def move(
     result: dict[str, Raw] = {}
     writes: list[Callable[[], object]] = []
     for name, own in new_raw.items():
-        weight = _Weight(name, _flat(raw[name]), _flat(own))
-        result[name] = _unflat(weight.result)
+        weight = _Weight(name, flat(raw[name]), flat(own))
+        result[name] = unflat(weight.result)
         if not weight.is_new:
             continue
         writes += weight.writes()
         if optimizer is not None:
-            old_chart = _chart(p.get(name), old_given.get(name, {}))
-            new_chart = _chart(q.get(name), new_given.get(name, {}))
-            writes += weight.optimizer_writes(optimizer, old_chart, new_chart)
+            carry = _carry(p, q, name, (raw, old_given), (new_raw, new_given))
+            writes += weight.optimizer_writes(optimizer, carry)
     if p == q:
         new_state = {n: _held(raw[n], state[n], own, writes) for n, own in new_state.items()}
     with torch.no_grad():
@@ -120,7 +121,7 @@ class _Weight:
                 yield partial(tensor.copy_, self.new[key].detach().clone())
 
     def optimizer_writes(
-        self, optimizer: Optimizer, old_chart: Chart, new_chart: Chart
+        self, optimizer: Optimizer, carry: Carry
     ) -> Iterator[Callable[[], object]]:
         """What brings the optimizer along."""
         if not any(tensor.requires_grad for tensor in self.old.values()):
@@ -128,7 +129,7 @@ class _Weight:
         homes = self._homes(optimizer)
         kept = {key: moments(optimizer, self._path(key), t) for key, t in self.old.items()}
         if self._stays():
-            yield from self._carried(kept, old_chart, new_chart)
+            yield from self._carried(kept, carry)
             return
         if isinstance(optimizer, Together):
             raise ValueError(
@@ -152,15 +153,16 @@ class _Weight:
         ) == len(self.result)
 
     def _carried(
-        self, kept: Mapping[str, dict[str, list[Tensor]]], old_chart: Chart, new_chart: Chart
+        self, kept: Mapping[str, dict[str, list[Tensor]]], carry: Carry
     ) -> Iterator[Callable[[], object]]:
-        x = {key: tensor.detach() for key, tensor in self.old.items()}
-        y = {key: tensor.detach() for key, tensor in self.new.items()}
-        whole = {k: {m: _whole(views, x[k]) for m, views in own.items()} for k, own in kept.items()}
-        after: dict[str, dict[str, Tensor]] = {key: {} for key in x}
+        whole = {
+            key: {moment: _whole(views, self.old[key]) for moment, views in own.items()}
+            for key, own in kept.items()
+        }
+        after: dict[str, dict[str, Tensor]] = {key: {} for key in whole}
         for moment in sorted({m for own in whole.values() for m in own if order(m) == 1}):
-            before = {k: whole[k].get(moment, torch.zeros_like(t)) for k, t in x.items()}
-            for key, mean in carried(old_chart, x, new_chart, y, before).items():
+            means = {key: own.get(moment, _none_of(self.old[key])) for key, own in whole.items()}
+            for key, mean in flat(carry(unflat(means))).items():
                 after[key][moment] = mean
         for key, own in kept.items():
             for moment, views in own.items():
@@ -216,7 +218,7 @@ def _moved(
 
 def _held(raw: Raw, old: State, new: State, writes: list[Callable[[], object]]) -> State:
     """Let a module, whose raw are parameters, have its new state in the tensors of the old one."""
-    if not all(isinstance(tensor, nn.Parameter) for tensor in _flat(raw).values()):
+    if not all(isinstance(tensor, nn.Parameter) for tensor in flat(raw).values()):
         return new
     moved = [key for key in new if new[key] is not old[key]]
     writes += [partial(old[key].copy_, new[key].detach().clone()) for key in moved]
@@ -235,20 +237,25 @@ def _expect_same_weights(p: Parametrization[Any], q: Parametrization[Any]) -> No
             )
 
 
-def _chart(transform: AnyTransform | None, state: State) -> Chart:
-    def chart(raw: dict[str, Tensor]) -> Tensor:
-        own = _unflat(raw)
-        return raw[""] if transform is None else transform.forward(own, state)
+def _carry(
+    p: Parametrization[Any],
+    q: Parametrization[Any],
+    name: str,
+    old: tuple[RawTree, StateTree],
+    new: tuple[RawTree, StateTree],
+) -> Carry:
+    """How a mean of gradients by the old raw of a weight becomes one by the new raw."""
+    (raw, state), (new_raw, new_state) = (
+        (detached(raws[name]), states.get(name, {})) for raws, states in (old, new)
+    )
+    if p == q:
+        return partial(p[name].transport, raw, state, new_raw, new_state)
+    before, after = _forward(p.get(name), state), _forward(q.get(name), new_state)
+    return partial(carried, before, raw, after, new_raw)
 
-    return chart
 
-
-def _flat(raw: Raw) -> dict[str, Tensor]:
-    return {"": raw} if isinstance(raw, Tensor) else dict(raw)
-
-
-def _unflat(raw: dict[str, Tensor]) -> Raw:
-    return raw[""] if raw.keys() == {""} else raw
+def _forward(transform: AnyTransform | None, state: State) -> Forward:
+    return lambda raw: raw if transform is None else transform.forward(raw, state)
 
 
 def _alike(new: Tensor, old: Tensor | None) -> bool:
@@ -261,6 +268,10 @@ def _fresh(tensor: Tensor, trains: bool) -> Tensor:  # noqa: FBT001
 
 def _whole(views: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(views).reshape(like.shape)
+
+
+def _none_of(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, requires_grad=False)
 
 
 def _begin_anew(own: Any) -> None:

@@ -92,13 +92,22 @@ class UnitNorm(Transform[Tensor]):
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.forward(raw, state), state
 
+    @full_precision
+    def transport(
+        self, raw: Tensor, state: State, new_raw: Tensor, new_state: State, covector: Tensor
+    ) -> Tensor:
+        """Gradients are along the sphere, and as long as raw is short."""
+        old, new = norms(raw, self._dims(raw)), norms(new_raw, self._dims(raw))
+        return self.tangent(new_raw, covector * (old / torch.where(old == 0, 1, new)), new_state)
+
     def project(self, value: Tensor, state: State) -> Tensor:
         return self.forward(value, state)
 
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         dims = self._dims(value)
-        normal = value / torch.where(value == 0, 1, norms(value, dims))
-        return vector - normal * (normal.conj() * vector).real.sum(dims, keepdim=True)
+        normal = directions(value, dims)
+        along = (normal.conj() * vector).real.sum(dims, keepdim=True)
+        return torch.addcmul(vector, normal, along.to(normal.dtype), value=-1)
 
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest ||W| - r|. A radius in state is the constraint."""

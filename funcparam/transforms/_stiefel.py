@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from funcparam.transforms._orthogonal import Orthogonal
 from funcparam.transforms.contract.base import State, Transform, expect_matrix
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.numerics.frames import moved, tilted
+from funcparam.transforms.numerics.frames import lifted, lifted_by_tilt, moved, tilted
 from funcparam.transforms.numerics.karcher import karcher_mean
 from funcparam.transforms.numerics.orthogonal_maps import q_factor
 from funcparam.transforms.numerics.polar import nearest_orthogonal, orthogonal_tangent
@@ -59,9 +59,7 @@ class Stiefel(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        if _is_wide(raw):
-            return moved(state["base"].mT, raw.mT).mT
-        return moved(state["base"], raw)
+        return _of_tall(moved, state["base"], raw)
 
     def forward_stacked(self, raw: Tensor, state: State) -> Tensor:
         return self.forward(raw, state)
@@ -79,6 +77,16 @@ class Stiefel(Transform[Tensor]):
     @full_precision
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
+
+    @full_precision
+    def transport(
+        self, raw: Tensor, state: State, new_raw: Tensor, new_state: State, covector: Tensor
+    ) -> Tensor:
+        """The gradient by a raw of 0 is the tangent part of that by the value."""
+        found = _of_tall(lifted, state["base"], raw, covector)
+        if found is None:
+            return super().transport(raw, state, new_raw, new_state, covector)
+        return orthogonal_tangent(new_state["base"], found)
 
     @full_precision
     def project(self, value: Tensor, state: State) -> Tensor:
@@ -143,9 +151,7 @@ class Grassmann(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        if _is_wide(raw):
-            return tilted(state["base"].mT, raw.mT).mT
-        return tilted(state["base"], raw)
+        return _of_tall(tilted, state["base"], raw)
 
     @full_precision
     def right_inverse(
@@ -161,6 +167,16 @@ class Grassmann(Transform[Tensor]):
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 
+    @full_precision
+    def transport(
+        self, raw: Tensor, state: State, new_raw: Tensor, new_state: State, covector: Tensor
+    ) -> Tensor:
+        """A gradient of a loss of the subspace is at right angles to the frame."""
+        found = _of_tall(_lifted_subspace, state["base"], raw, covector)
+        if found is None:
+            return super().transport(raw, state, new_raw, new_state, covector)
+        return _of_tall(_across, new_state["base"], found)
+
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I| of the shorter side."""
         return Orthogonal().violation(value, state)
@@ -175,9 +191,25 @@ class Grassmann(Transform[Tensor]):
             )
 
 
+def _lifted_subspace(base: Tensor, X: Tensor, covector: Tensor) -> Tensor | None:
+    return lifted_by_tilt(base, X, covector, torch.zeros_like(base.mH @ base))
+
+
+def _across(base: Tensor, X: Tensor) -> Tensor:
+    return X - base @ (base.mH @ X)
+
+
+def _of_tall(function: Callable[..., Any], first: Tensor, *rest: Tensor) -> Any:
+    """What a function of tall matrices makes of wide ones, too; None if it makes none."""
+    if not _is_wide(first):
+        return function(first, *rest)
+    found = function(first.mT, *(tensor.mT for tensor in rest))
+    return found if found is None else found.mT
+
+
 def _is_wide(tensor: Tensor) -> bool:
     return tensor.shape[-2] < tensor.shape[-1]
 
 
 def _nearby_frame(value: Tensor) -> Tensor:
-    return q_factor(value.mT).mT if _is_wide(value) else q_factor(value)
+    return _of_tall(q_factor, value)

@@ -299,7 +299,7 @@ def test_frozen_and_untrained():
     assert not moved["w"].requires_grad
 
 
-@pytest.mark.parametrize("name", ["_moved", "carried", "moments", "_chart", "_held"])
+@pytest.mark.parametrize("name", ["_moved", "carried_squares", "moments", "_carry", "_held"])
 def test_nothing_is_half_moved(monkeypatch, name):
     """Whatever fails, and wherever, nothing has changed."""
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))

@@ -85,6 +85,19 @@ def test_the_nearest_point_on_the_sphere_and_on_the_stiefel_manifold():
     torch.testing.assert_close(q.project({"w": W})["w"], U @ Vh)
 
 
+@pytest.mark.parametrize("off", [0.0, 1e-9, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(6, 3), (3, 6), (2, 5, 5)])
+def test_the_nearest_frame_from_near_and_far(shape, off):
+    """However many steps it takes to get there, in both precisions."""
+    U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    s = 1 + off * (torch.rand(*shape[:-2], 1, min(shape[-2:]), dtype=torch.float64) * 1.9 - 0.95)
+    for dtype, atol in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        W = (U * s @ Vh).to(dtype)
+        torch.testing.assert_close(
+            Orthogonal().project(W, {}), (U @ Vh).to(dtype), rtol=0, atol=atol
+        )
+
+
 def test_what_has_no_rule_passes_through():
     net = nn.Linear(3, 3)
     p = fp.parametrize(net, {"weight": UnitNorm()})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
-from funcparam.transforms.contract.solve import tangent_part
+from funcparam.transforms.contract.solve import carried, tangent_part
 from funcparam.transforms.contract.stacks import Stacks, measured
 
 Raw: TypeAlias = "Tensor | Mapping[str, Tensor]"
@@ -189,6 +189,21 @@ class Transform(ABC, Generic[R]):
         detached.
         """
         return raw, state
+
+    def transport(self, raw: R, state: State, new_raw: R, new_state: State, covector: R) -> R:
+        r"""Carry a gradient by `raw` over to where [`rebase`][..rebase] has moved raw and state to.
+
+        It is `J^T g` by raw for some gradient `g` of the value, and `J_new^T g` by the new raw. The
+        default takes the shortest such `g`, by conjugate gradients; what of `covector` no gradient
+        by raw can be is dropped. It need not be differentiable.
+        """
+        return carried(
+            lambda x: self.forward(x, state),
+            raw,
+            lambda x: self.forward(x, new_state),
+            new_raw,
+            covector,
+        )
 
     def project(self, value: Tensor, state: State) -> Tensor:
         """Take any value to one that satisfies the constraint, and such a value to itself.

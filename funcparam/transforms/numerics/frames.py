@@ -54,6 +54,55 @@ def moved(base: Tensor, X: Tensor) -> Tensor:
     return turned(frame, (along - along.mH) / 2)
 
 
+def lifted(base: Tensor, X: Tensor, covector: Tensor) -> Tensor | None:
+    """The tangent `G` at `moved(base, X)` of which the gradient by X is `covector`.
+
+    Of a covector it is the part that such gradients can be; None where `lifted_by_tilt` is. The
+    gradient by the skew part of `base^H X` is that of a Cayley transform, which products undo.
+    """
+    along, part = base.mH @ X, base.mH @ covector
+    A, turn = (along - along.mH) / 2, (part - part.mH) / 2
+    minus, plus = identity_like(A) - A / 2, identity_like(A) + A / 2
+    turned, turn = linalg.solve(minus, plus), plus @ turn @ minus
+    if base.shape[-2] == base.shape[-1]:
+        return base @ turn @ turned
+    G = lifted_by_tilt(base, X, covector, turn)
+    return None if G is None else G @ turned
+
+
+def lifted_by_tilt(base: Tensor, X: Tensor, covector: Tensor, turn: Tensor) -> Tensor | None:
+    """The `G` of which the gradient by X is `covector`, with `T^H G = turn` for `T = tilted(...)`.
+
+    With `M = I + K^H K / 4` it is `T = (2 base + K) M^-1 - base`, and the gradient by K is
+    `G M^-1 - K H / 2` orthogonally to the base, with the Hermitian part H of
+    `(T + base)^H G M^-1`. In the basis where M is diagonal that and `T^H G = turn` are three
+    equations for the entries (i, j) and (j, i) of `base^H G` and for that of H. None where K is
+    large, where a frame turns by a quarter they may have no solution.
+    """
+    K = X - base @ (base.mH @ X)
+    rest = covector - base @ (base.mH @ covector)
+    gram = K.mH @ K / 4
+    if not bool(gram.isfinite().all()):
+        return None
+    squares, V = linalg.eigh(gram)
+    if not bool((squares < 0.5).all()):
+        return None
+    own, H = _from_gradients(squares, V.mH @ turn @ V, V.mH @ (K.mH @ rest) @ V)
+    own, H = V @ own @ V.mH, V @ H @ V.mH
+    return base @ own + (rest + K @ H / 2) @ (identity_like(gram) + gram)
+
+
+def _from_gradients(squares: Tensor, turn: Tensor, tilt: Tensor) -> tuple[Tensor, Tensor]:
+    """`base^H G` and `H` of `lifted_by_tilt`, by Cramer's rule for entries (i, j) and (j, i)."""
+    e, f = squares.unsqueeze(-1), squares.unsqueeze(-2)
+    first = (1 + e) * turn - (1 + f) * tilt  # = (1 - e) own + 2 e (1 + f) H
+    other = -(1 + f) * turn - (1 + e) * tilt.mH  # the same of the entry (j, i), conjugate
+    sums = (e - f) * turn  # = 2 (1 + e) (1 + f) H - (1 + e) own - (1 + f) own^H
+    H = (1 - e) * (1 - f) * sums + (1 - f) * (1 + e) * first + (1 - e) * (1 + f) * other
+    H = H / (2 * (1 + e) * (1 + f) * (1 - e * f))
+    return (first - 2 * e * (1 + f) * H) / (1 - e), H
+
+
 def svd(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The thin singular value decomposition."""
     return linalg.svd(value, full_matrices=False)
