@@ -23,6 +23,7 @@ from funcparam.parametrization.names import closest
 from funcparam.parametrization.tree import flatten
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
 from funcparam.transforms.contract.precision import autocast_off, widened
+from funcparam.transforms.numerics.linalg import LinAlgError
 
 _LOGGER = logging.getLogger("funcparam")
 
@@ -142,7 +143,7 @@ def naming(name: str, transform: AnyTransform) -> Generator[None]:
     """Begin the errors of a transform with the name of its weight."""
     try:
         yield
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError, LinAlgError) as error:
         raise type(error)(f"{name!r}: {error}") from error
     except KeyError as error:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from funcparam.parametrization.names import closest
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.tree import flatten
+from funcparam.parametrization.values import naming
+from funcparam.training.arguments import expect_parametrization
 from funcparam.transforms.contract.base import AnyTransform, State
+from funcparam.transforms.contract.signature import check_named, describe
+from funcparam.transforms.numerics.linalg import LinAlgError
 
 
 class _Weight(NamedTuple):
@@ -28,7 +33,7 @@ class _Weight(NamedTuple):
 class Projected:
     """A parametrization at work behind an optimizer's steps; `remove()` ends it."""
 
-    weights: Mapping[str, _Weight]
+    weights: Mapping[str, Tensor]
     handles: tuple[RemovableHandle, ...]
 
     def remove(self) -> None:
@@ -60,13 +65,15 @@ def project_after(
         optimizer: of PyTorch, or with its hooks.
         p: a parametrization of `net`. Only its rules matter.
         net: the network, whose own parameters the optimizer has.
-        state: masks, bounds and radii; None takes them from the weights as they are.
+        state: masks, bounds and radii, as `p.init` returns them; what is not given is taken from
+            the rule, and what the rule does not say from the weights as they are.
 
     Returns:
-        A handle, of which `remove()` ends it. Nothing is projected before the first step.
+        A handle, of which `remove()` ends it. Nothing is projected before the first step, so
+        weights may be off their constraints until then. NaN stays NaN.
 
     Raises:
-        ValueError: the optimizer does not have a weight that has a rule.
+        ValueError: the optimizer does not have a weight that has a rule; state is not p's.
         NotImplementedError: a transform has no projection.
 
     Example:
@@ -81,7 +88,7 @@ def project_after(
         >>> torch.allclose(net.weight.norm(dim=1), torch.ones(2))
         True
     """
-    weights = _weights(optimizer, p, net, state)
+    weights = _weights(optimizer, p, net, state, "project_after(optimizer, p, net)")
     for name, weight in weights.items():
         _projected(name, weight)  # what has no projection says so now
 
@@ -91,7 +98,7 @@ def project_after(
         for name, value in done.items():
             weights[name].tensor.copy_(value)
 
-    return Projected(weights, (optimizer.register_step_post_hook(project),))
+    return _attached(weights, optimizer.register_step_post_hook(project))
 
 
 def tangent_before(
@@ -119,7 +126,7 @@ def tangent_before(
         >>> net.weight.grad[0]
         tensor([0., 0., 0.])
     """
-    weights = _weights(optimizer, p, net, state)
+    weights = _weights(optimizer, p, net, state, "tangent_before(optimizer, p, net)")
     for name, weight in weights.items():
         _tangent(name, weight, torch.zeros_like(weight.tensor))
 
@@ -130,7 +137,7 @@ def tangent_before(
         for name, grad in done.items():
             grads[name].copy_(grad)
 
-    return Projected(weights, (optimizer.register_step_pre_hook(project),))
+    return _attached(weights, optimizer.register_step_pre_hook(project))
 
 
 def relative_steps(optimizer: Optimizer, p: Parametrization[Any], net: nn.Module) -> Projected:
@@ -139,8 +146,8 @@ def relative_steps(optimizer: Optimizer, p: Parametrization[Any], net: nn.Module
     $$W \leftarrow W + \eta \lVert W \rVert \frac{D}{\lVert D \rVert}$$
 
     for the step `D` that the optimizer took, of which only the direction is left, and the learning
-    rate of its group. With `project_after` and `UnitNorm(dim=None, radius=None)`, in this order,
-    it is Hyperball (arXiv 2606.16899) behind any optimizer, Muon for one. A step of 0 stays 0.
+    rate of its group. With `project_after` and `UnitNorm(dim=None, radius=None)`, in any order, it
+    is Hyperball (arXiv 2606.16899) behind any optimizer, Muon for one. A step of 0 stays 0.
 
     Args:
         optimizer: of PyTorch, or with its hooks.
@@ -150,24 +157,26 @@ def relative_steps(optimizer: Optimizer, p: Parametrization[Any], net: nn.Module
     Raises:
         ValueError: the optimizer does not have a weight that has a rule.
     """
-    weights = _weights(optimizer, p, net, {})
+    weights = _held(optimizer, p, net, "relative_steps(optimizer, p, net)")
     before: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def remember(*_: Any) -> None:
-        before.update({name: weight.tensor.clone() for name, weight in weights.items()})
+        before.update({name: weight.clone() for name, weight in weights.items()})
 
     @torch.no_grad()
     def scale(*_: Any) -> None:
         rates = {id(t): group["lr"] for group in optimizer.param_groups for t in group["params"]}
         for name, weight in weights.items():
             old = before.pop(name)
-            step = weight.tensor - old
+            step = weight - old
             length = _length(step)
-            factor = rates[id(weight.tensor)] * _length(old) / torch.where(length == 0, 1, length)
-            weight.tensor.copy_(old + factor * step)
+            factor = rates[id(weight)] * _length(old) / torch.where(length == 0, 1, length)
+            weight.copy_(old + factor * step)
 
     pre, post = optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(scale)
+    # The step is the optimizer's own, so it is scaled before any projection follows.
+    optimizer._optimizer_step_post_hooks.move_to_end(post.id, last=False)  # pyright: ignore
     return Projected(weights, (pre, post))
 
 
@@ -175,12 +184,15 @@ def _length(tensor: Tensor) -> Tensor:
     return tensor.square().sum().sqrt()
 
 
-def _weights(
-    optimizer: Optimizer,
-    p: Parametrization[Any],
-    net: nn.Module,
-    state: Mapping[str, State] | None,
-) -> dict[str, _Weight]:
+def _attached(weights: Mapping[str, _Weight], handle: RemovableHandle) -> Projected:
+    return Projected({name: weight.tensor for name, weight in weights.items()}, (handle,))
+
+
+def _held(optimizer: Any, p: Any, net: nn.Module, call: str) -> dict[str, Tensor]:
+    """The weights that have a rule, which the optimizer must have."""
+    expect_parametrization(p, call)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected one, in {call}; got {describe(optimizer)}")
     leaves = {name: leaf.tensor for leaf in flatten(net)[0] for name in leaf.names}
     held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
     for name in p:
@@ -191,20 +203,52 @@ def _weights(
                 f"{name!r}: expected an optimizer that has this weight; it is in none of its"
                 " groups. Give it net.parameters(), or leave the rule out"
             )
-    values = {n: leaves[n] for entry in p.entries for n in entry.names if n in leaves}
-    own = p.init(values)[1] if state is None else state
-    return {n: _Weight(leaves[n], transform, own.get(n, {})) for n, transform in p.items()}
+    return {name: leaves[name] for name in p}
+
+
+def _weights(
+    optimizer: Optimizer,
+    p: Parametrization[Any],
+    net: nn.Module,
+    state: Mapping[str, State] | None,
+    call: str,
+) -> dict[str, _Weight]:
+    held, given = _held(optimizer, p, net, call), state or {}
+    expected = {entry.name: entry.signature.state for entry in p.entries if entry.name in held}
+    for name, own in given.items():
+        if name not in expected:
+            raise ValueError(f"state: unknown name {name!r}; {closest(name, [*expected])}")
+        check_named(expected[name], own, f"state[{name!r}]")
+    return {
+        name: _Weight(held[name], t, given[name] if name in given else _said(name, t, held[name]))
+        for name, t in p.items()
+    }
+
+
+def _said(name: str, transform: AnyTransform, value: Tensor) -> State:
+    """Nothing where the rule says the whole constraint, else what the weight says of it."""
+    with naming(name, transform), torch.no_grad():
+        try:
+            transform.project(value, {})
+        except KeyError:
+            return transform.right_inverse(value)[1]
+        return {}
 
 
 def _projected(name: str, weight: _Weight) -> Tensor:
-    try:
-        return weight.transform.project(weight.tensor.detach(), weight.state)
-    except (NotImplementedError, ValueError) as error:
-        raise type(error)(f"{name!r}: {error}") from error
+    return _mapped(name, weight, weight.transform.project)
 
 
 def _tangent(name: str, weight: _Weight, grad: Tensor) -> Tensor:
+    return _mapped(name, weight, weight.transform.tangent, grad)
+
+
+def _mapped(name: str, weight: _Weight, method: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
+    given = (weight.tensor.detach(), *vectors)
     try:
-        return weight.transform.tangent(weight.tensor.detach(), grad, weight.state)
-    except (NotImplementedError, ValueError) as error:
-        raise type(error)(f"{name!r}: {error}") from error
+        with naming(name, weight.transform):
+            return method(*given, weight.state)
+    except LinAlgError:
+        if all(bool(tensor.isfinite().all()) for tensor in given):
+            raise
+        return torch.full_like(given[0], torch.nan)  # as where no decomposition is in the way

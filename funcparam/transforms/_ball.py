@@ -145,5 +145,5 @@ def _nearest_of_the_1_norm(X: Tensor, radius: Tensor) -> Tensor:
     k = torch.arange(1, size.shape[-1] + 1, dtype=size.dtype, device=size.device)
     shrinks = (ordered.cumsum(-1) - radius) / k
     count = (ordered > shrinks).sum(-1, keepdim=True)
-    shrunk = (below - shrinks.gather(-1, count - 1)).clamp_min(0)
+    shrunk = (below - shrinks.gather(-1, (count - 1).clamp_min(0))).clamp_min(0)
     return torch.where(size.sum(-1, keepdim=True) > radius, X.sign() * shrunk, X)

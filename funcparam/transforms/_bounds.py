@@ -87,8 +87,11 @@ class Interval(Transform[Tensor]):
         }
 
     def project(self, value: Tensor, state: State) -> Tensor:
-        """What is not inside becomes the number next to the bound."""
-        low, high = state["low"], state["high"]
+        """What is not inside becomes the number next to the bound.
+
+        The bounds in state count if they are given, here and in `violation`.
+        """
+        low, high = _bound(value, state, "low", self.low), _bound(value, state, "high", self.high)
         return value.clamp(torch.nextafter(low, high), torch.nextafter(high, low))
 
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
@@ -174,8 +177,8 @@ class LowerBound(Transform[Tensor]):
         return inverse_softplus(value - self.low), {"low": value.new_full((), self.low)}
 
     def project(self, value: Tensor, state: State) -> Tensor:
-        """What is not above becomes the number next to the bound."""
-        low = state["low"]
+        """What is not above becomes the number next to the bound, that in state if it is given."""
+        low = _bound(value, state, "low", self.low)
         return value.clamp_min(torch.nextafter(low, torch.full_like(low, torch.inf)))
 
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
@@ -248,8 +251,8 @@ class UpperBound(Transform[Tensor]):
         return inverse_softplus(self.high - value), {"high": value.new_full((), self.high)}
 
     def project(self, value: Tensor, state: State) -> Tensor:
-        """What is not below becomes the number next to the bound."""
-        high = state["high"]
+        """What is not below becomes the number next to the bound, that in state if it is given."""
+        high = _bound(value, state, "high", self.high)
         return value.clamp_max(torch.nextafter(high, torch.full_like(high, -torch.inf)))
 
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
@@ -273,3 +276,7 @@ class UpperBound(Transform[Tensor]):
         if is_narrower(rounded_to, raw.dtype):
             return inside(high - softplus(raw), rounded_to, high=high)
         return beside(high, -inf) - softplus(raw)
+
+
+def _bound(value: Tensor, state: State, key: str, default: float) -> Tensor:
+    return state[key] if key in state else value.new_full((), default)

@@ -85,7 +85,7 @@ class Simplex(Transform[Tensor]):
         down = value.sort(dim=-1, descending=True).values
         counts = torch.arange(1, value.shape[-1] + 1, dtype=value.dtype, device=value.device)
         levels = (down.cumsum(-1) - 1) / counts
-        last = (down > levels).sum(-1, keepdim=True) - 1
+        last = (down > levels).sum(-1, keepdim=True).sub(1).clamp_min(0)  # of NaN none is
         inside = (value - levels.gather(-1, last)).clamp_min(torch.finfo(value.dtype).tiny)
         return inside / inside.sum(-1, keepdim=True)
 

@@ -3,12 +3,14 @@
 A projection of a step is a retraction.
 """
 
+from contextlib import suppress
+
 import torch
 from torch.func import jvp
 
 import funcparam as fp
 from funcparam.transforms import Ordered, WeightStandardization
-from tests.cases import every_row, raw_and_state, tensors, value_of
+from tests.cases import every_case, every_row, raw_and_state, tensors, value_of
 
 
 def projected(case, shape):
@@ -43,6 +45,18 @@ def test_feasible_values_are_kept(case, shape):
     except NotImplementedError:
         return
     torch.testing.assert_close(kept, value, rtol=1e-7, atol=1e-8)
+
+
+@every_case
+def test_nan_is_never_an_index(case, shape):
+    """A step with NaN ends with NaN, or with an error that says so; on a device an index kills."""
+    raw, state = raw_and_state(case, shape)
+    value = case.transform.forward(raw, state).contiguous()
+    if value.is_floating_point():
+        value.view(-1)[0] = torch.nan
+    for method, given in (("project", (value,)), ("tangent", (value, torch.ones_like(value)))):
+        with suppress(NotImplementedError, ValueError, torch.linalg.LinAlgError):
+            getattr(case.transform, method)(*given, state)
 
 
 @every_row

@@ -10,8 +10,11 @@ from torch import nn
 import funcparam as fp
 from funcparam.transforms import (
     Ball,
+    Cat,
     Interval,
     LoRA,
+    LowerBound,
+    LowRank,
     Mask,
     Orthogonal,
     Positive,
@@ -20,6 +23,7 @@ from funcparam.transforms import (
     SpectralNorm,
     Symmetric,
     UnitNorm,
+    UpperBound,
 )
 
 OPTIMIZERS = {
@@ -175,6 +179,81 @@ def test_descent_on_the_stiefel_manifold():
         torch.testing.assert_close(net.weight.detach(), V)
 
 
+@pytest.mark.parametrize("projects_first", [False, True])
+def test_the_order_of_the_two_hooks_does_not_matter(projects_first):
+    net = nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    p = fp.parametrize(net, {"weight": UnitNorm(dim=None, radius=None)})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    hooks = [fp.relative_steps, fp.project_after]
+    for attach in reversed(hooks) if projects_first else hooks:
+        attach(optimizer, p, net)
+    W, target = net.weight.detach().clone(), torch.randn(3, 4, dtype=torch.float64)
+    steps(net, optimizer, [target])
+    step = W - 0.1 * W.norm() * target / target.norm()
+    torch.testing.assert_close(net.weight.detach(), step * W.norm() / step.norm())
+
+
+@pytest.mark.parametrize(
+    ("rule", "inside"),
+    [
+        (Interval(-0.1, 0.1), lambda W: W.clamp(-0.1, 0.1)),
+        (LowerBound(0.0), lambda W: W.clamp_min(0)),
+        (UpperBound(0.0), lambda W: W.clamp_max(0)),
+        (Positive(), lambda W: W.clamp_min(0)),
+        (Cat([Positive(), Interval(-0.1, 0.1)]), None),
+    ],
+    ids=["interval", "lower", "upper", "positive", "parts"],
+)
+def test_weights_begin_wherever_they_are(rule, inside):
+    """On a boundary, too, where a projected run ends, and from which it is resumed."""
+    net = nn.Linear(4, 4)
+    p = fp.parametrize(net, {"weight": rule})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    for _ in range(2):
+        fp.tangent_before(optimizer, p, net)
+        fp.project_after(optimizer, p, net)
+    W = net.weight.detach().clone()
+    steps(net, optimizer, torch.ones(1, 4, 4))
+    if inside:
+        torch.testing.assert_close(net.weight.detach(), inside(W))
+    assert p.violation(net)["weight"] == 0
+    fp.project_after(optimizer, p, net)
+
+
+def test_state_may_be_that_of_some_weights():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    p = fp.parametrize(net, {"0.weight": Mask(), "1.weight": UnitNorm(dim=None, radius=None)})
+    mask, norm = torch.eye(4, dtype=torch.bool), net[1].weight.norm()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    fp.project_after(optimizer, p, net, state={"0.weight": {"mask": mask}})
+    net(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    assert net[0].weight[~mask].eq(0).all()
+    torch.testing.assert_close(net[1].weight.norm(), norm)
+
+
+@pytest.mark.parametrize("attach", [fp.project_after, fp.tangent_before])
+@pytest.mark.parametrize(
+    "rule", [*RULES.values(), LowRank(2), SpectralCap(1.0), Ball(), SpectralNorm()], ids=str
+)
+def test_nan_stays_nan(rule, attach):
+    net, p = network(rule)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    attach(optimizer, p, net)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net.weight.sum().backward()
+        net.weight.grad[0, 0] = torch.nan
+        optimizer.step()
+    assert net.weight.isnan().any() or rule == Mask()
+
+
+def test_a_decomposition_that_fails_names_the_weight():
+    W = torch.full((3, 3), torch.nan)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"^'w': "):
+        fp.parametrize({"w": W}, {"w": LowRank(2)}).project({"w": W})
+
+
 def test_with_groups_and_ties():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
@@ -188,9 +267,7 @@ def test_with_groups_and_ties():
     assert net[1].weight is net[0].weight
 
 
-@pytest.mark.parametrize(
-    "rule", [Interval(-1, 1), Mask(), UnitNorm(radius=None), Ball(), SpectralCap(1.0)], ids=str
-)
+@pytest.mark.parametrize("rule", [Mask(), UnitNorm(radius=None), Ball(), SpectralCap(1.0)], ids=str)
 def test_a_constraint_in_state_that_is_not_given(rule):
     p = fp.parametrize({"w": torch.full((2, 2), 0.1)}, {"w": rule})
     with pytest.raises(ValueError, match="'w': .* expects state with '.*', which is its constr"):
@@ -215,5 +292,20 @@ def test_errors_come_before_the_first_step():
         lora.retract(net, net.state_dict())
     with pytest.raises(ValueError, match="'weight': p has a rule for it, but the network has no"):
         fp.project_after(whole, fp.parametrize(net, {"weight": UnitNorm()}), nn.ReLU(), state={})
+    p = fp.parametrize(net, {"weight": Mask()})
+    for state, message in {
+        "wieght": "state: unknown name 'wieght'; the closest names are 'weight'",
+        "weight": r"state\['weight'\]\['mask'\]: expected bool \(4, 4\); got bool \(4, 2\)",
+    }.items():
+        mask = {state: {"mask": torch.ones(4, 2, dtype=torch.bool)}}
+        with pytest.raises(ValueError, match=message):
+            fp.project_after(whole, p, net, state=mask)
+    for attach in (fp.project_after, fp.tangent_before, fp.relative_steps):
+        for wrong in ({"weight": Mask()}, net):
+            message = rf"p: expected a parametrization, in {attach.__name__}\(optimizer, p, net\)"
+            with pytest.raises(TypeError, match=message):
+                attach(whole, wrong, net)
+        with pytest.raises(TypeError, match="optimizer: expected one"):
+            attach(net, p, net)
     assert not whole._optimizer_step_post_hooks
     assert not whole._optimizer_step_pre_hooks
