@@ -51,3 +51,15 @@ def test_formulas_are_what_is_solved_for(transform, shape, length, dtype):
     found = transform.transport(raw, state, new_raw, new_state, covector)
     solved = Transform.transport(transform, raw, state, new_raw, new_state, covector)
     torch.testing.assert_close(found, solved, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_solved_for_does_not_run_away():
+    """Where all singular values are cut, the derivative is 0 to rounding in many directions."""
+    transform, cap = SpectralCap(1.0), {"cap": torch.tensor(1.0, dtype=torch.float64)}
+    for _ in range(40):
+        U, _, Vh = torch.linalg.svd(torch.randn(5, 3, dtype=torch.float64), full_matrices=False)
+        raw, W = U * (1.2 + 4 * torch.rand(3, dtype=torch.float64)) @ Vh, U @ Vh
+        value, old = vjp(lambda x: transform.forward(x, cap), raw)
+        g = torch.randn_like(value)
+        found = transform.transport(raw, cap, W, cap, old(g)[0])  # by W a gradient is g itself
+        torch.testing.assert_close(found, Stiefel().tangent(W, g, {}), rtol=0, atol=1e-9)
