@@ -156,6 +156,7 @@ class IA3(Transform[Mapping[str, Tensor]]):
     ) -> tuple[Mapping[str, Tensor], State]:
         return {"factor": value.new_ones(value.shape[self.dim])}, {"base": value}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |entry| of `value` that no factors of `base` give. The base is the constraint."""
         if "base" not in state:
@@ -246,6 +247,7 @@ class VeRA(Transform[Mapping[str, Tensor]]):
         own = {key: X for key, X in (("A", A), ("B", B)) if key not in self.takes()}
         return raw, {"base": value, **own}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value of `value - base` beyond `rank`, which is necessary only."""
         return _beyond(self, value, state, self.rank)
@@ -327,6 +329,7 @@ class LoHa(Transform[Mapping[str, Tensor]]):
         }
         return raw, {"base": value, "scale": value.new_full((), self._scale())}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value of `value - base` beyond `rank**2`, which is necessary only."""
         return _beyond(self, value, state, self.rank**2)
@@ -406,6 +409,7 @@ class OFT(Transform[Tensor]):
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return self.right_inverse(self.forward(raw, state))
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the nearest turned base, which is the constraint."""
         if "base" not in state:

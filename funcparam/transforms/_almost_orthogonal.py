@@ -106,6 +106,7 @@ class AlmostOrthogonal(Transform[Mapping[str, Tensor]]):
         spectrum = 1 + state["lam"] * _offset(spectrum, state["lam"], value)
         return (U * spectrum.unsqueeze(-2).to(U.dtype)) @ Vh
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the farthest singular value is outside; a radius in state counts if given."""
         spectrum: Tensor = linalg.svdvals(value)

@@ -96,6 +96,7 @@ class Ball(Transform[Tensor]):
     def project(self, value: Tensor, state: State) -> Tensor:
         return self.forward(value, state)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest norm is above the radius; one in state counts if given."""
         if not value.numel():

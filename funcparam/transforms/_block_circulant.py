@@ -59,6 +59,7 @@ class BlockCirculant(Transform[Tensor]):
         blocks = value.reshape(*value.shape[:-2], m // b, b, n // b, b).transpose(-3, -2)
         return Circulant().right_inverse(blocks)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the mean of its wrapped diagonal."""
         return largest(value - self.forward(*self.right_inverse(value)))

@@ -97,6 +97,7 @@ class Interval(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the farthest entry is outside; the bounds in state count if they are given."""
         low, high = state.get("low", self.low), state.get("high", self.high)
@@ -184,6 +185,7 @@ class LowerBound(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the least entry is below the bound; the one in state counts if it is given."""
         return largest((state.get("low", self.low) - value).clamp_min(0))
@@ -258,6 +260,7 @@ class UpperBound(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest entry is above the bound; the one in state counts if it is given."""
         return largest((value - state.get("high", self.high)).clamp_min(0))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcparam.transforms._parts import kept_by, settled_parts, taken_by
 from funcparam.transforms.contract.base import AnyTransform, State, Transform, expect_constraint
+from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
 
 Part: TypeAlias = "tuple[AnyTransform, State]"
@@ -129,6 +130,7 @@ class Chain(Transform[Any]):
         expect_constraint(self.parts[0])
         return super().tangent(value, vector, state)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         for part, own in reversed(list(self._flat(state))):
             raw = part.undo(value, own)

@@ -76,6 +76,7 @@ class CholeskyFactor(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector.tril()
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest of |entry above the diagonal|, -diagonal and |its imaginary part|."""
         diagonal = value.diagonal(dim1=-2, dim2=-1)
@@ -176,6 +177,7 @@ class PositiveDefinite(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return (vector + vector.mT) / 2
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W - W^H|, or how far the least eigenvalue is below eps if that is more."""
         spectrum: Tensor = linalg.eigvalsh((value + value.mH) / 2)

@@ -86,6 +86,7 @@ class CorrelationCholesky(Transform[Tensor]):
         diagonal = value.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(value.dtype).tiny)
         return directions(value.tril(-1) + torch.diag_embed(diagonal), (-1,))
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest of |length of a row - 1|, |entry above the diagonal| and -diagonal."""
         lengths: Tensor = linalg.vector_norm(value, dim=-1)

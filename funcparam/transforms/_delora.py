@@ -90,6 +90,7 @@ class DeLoRA(Transform[Mapping[str, Tensor]]):
         }
         return raw, {"base": value, "norms": norms(matrix, (0,)).squeeze(0)}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value of `value - base` beyond `rank`, which is necessary only."""
         return LoRA(self.rank).violation(value, state)

@@ -96,6 +96,7 @@ class FixedRank(Transform[Mapping[str, Tensor]]):
     def rebase(self, raw: Mapping[str, Tensor], state: State) -> tuple[Mapping[str, Tensor], State]:
         return with_moved_bases(raw, state)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value beyond `rank`."""
         return singular_value(value, self.rank)

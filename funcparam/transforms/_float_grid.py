@@ -122,6 +122,7 @@ class FakeQuantizeFloat(Transform[Tensor]):
     def project(self, value: Tensor, state: State) -> Tensor:
         return self.forward(value, state)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the grid in state, or its own without one."""
         if "scale" not in state:

@@ -75,6 +75,7 @@ class LeftHalfPlane(Transform[Mapping[str, Tensor]]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest real part is above 0."""
         return largest(self._parts(value)[0].clamp_min(0))

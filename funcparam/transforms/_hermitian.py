@@ -51,6 +51,7 @@ class Hermitian(Transform[Tensor]):
         part = (value + value.mH) / 2
         return part.real.triu() + part.imag.tril(-1), {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W - W^H|."""
         return largest(value - value.mH)
@@ -100,6 +101,7 @@ class SkewHermitian(Transform[Tensor]):
         part = (value - value.mH) / 2
         return part.imag.triu() + part.real.tril(-1), {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W + W^H|."""
         return largest(value + value.mH)

@@ -81,6 +81,7 @@ class HRA(Transform[Tensor]):
     def rebase(self, raw: Tensor, state: State) -> tuple[Tensor, State]:
         return raw[:, ::2].repeat_interleave(2, dim=1), {"base": self.forward(raw, state)}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the nearest turned base, which is necessary only."""
         if "base" not in state:

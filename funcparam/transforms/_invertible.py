@@ -94,6 +94,7 @@ class Invertible(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The distance to singular matrices, if they lie between the value and the base point."""
         if value.is_complex():
@@ -210,6 +211,7 @@ class SpecialLinear(Transform[Tensor]):
         # nothing is repaired: what is off by the rounding of a determinant would move all entries
         return torch.zeros_like(raw), {"base": self.forward(raw, state)}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The larger of |log |det W|| and how far the least singular value is from the due one.
 

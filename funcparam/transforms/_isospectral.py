@@ -76,6 +76,7 @@ class Isospectral(Transform[Mapping[str, Tensor]]):
         raw, own = self.right_inverse(value)
         return self.forward(raw, {**own, "s": _ordered(state["s"])})
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of a singular value from that in state, which is the constraint."""
         if "s" not in state:

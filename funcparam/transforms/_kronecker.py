@@ -113,6 +113,7 @@ class Kronecker(Transform[Mapping[str, Tensor]]):
         right, own_B = B.rebase(right, own_B)
         return named({"A": left, "B": right}), named({"A": own_A, "B": own_B})
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Second singular value of the rearranged value; what the factors may be is left out."""
         return singular_value(self._rearranged(value), 1)

@@ -105,6 +105,7 @@ class LoRA(Transform[Mapping[str, Tensor]]):
             base = value - scale * (B @ A).reshape(value.shape)
         return {"A": A, "B": B}, {"base": base, "scale": value.new_full((self.rank,), scale)}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value of `value - base` beyond `rank`."""
         if "base" not in state:

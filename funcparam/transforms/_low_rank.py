@@ -65,6 +65,7 @@ class LowRank(Transform[Mapping[str, Tensor]]):
         A, B = balanced_factors(value, self.rank, generator)
         return {"A": A, "B": B}, {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value beyond `rank`."""
         return singular_value(value, self.rank)

@@ -70,6 +70,7 @@ class Monarch(Transform[Mapping[str, Tensor]]):
             "R": right.squeeze(-2).transpose(-3, -2).contiguous(),
         }, {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest second singular value of the slices that are to be of rank 1."""
         return singular_value(self._slices(value), 1)

@@ -71,6 +71,7 @@ class Ordered(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest step down."""
         return largest((-value.diff(dim=-1)).clamp_min(0))

@@ -162,6 +162,7 @@ class Orthogonal(Transform[Tensor]):
     def karcher_mean(self, values: Tensor, weights: Tensor) -> Tensor:
         return karcher_mean(values, weights)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I| of the shorter side."""
         tall = value.mT if value.shape[-2] < value.shape[-1] else value
@@ -263,6 +264,7 @@ class SpecialOrthogonal(Transform[Tensor]):
     def karcher_mean(self, values: Tensor, weights: Tensor) -> Tensor:
         return karcher_mean(values, weights)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^T W - I| or |det W - 1|."""
         determinant: Tensor = linalg.det(value)
@@ -336,6 +338,7 @@ class Unitary(Transform[Tensor]):
     def karcher_mean(self, values: Tensor, weights: Tensor) -> Tensor:
         return karcher_mean(values, weights)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I|."""
         return Orthogonal().violation(value, state)

@@ -78,6 +78,7 @@ class Positive(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the least entry is below 0."""
         return largest((-value).clamp_min(0))

@@ -135,6 +135,7 @@ class Product(Parts):
         ordered = [pairs[i] for i in range(last + 1)]
         return merged([raw for raw, _ in ordered]), merged([own for _, own in ordered])
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest singular value beyond `inner`, which is necessary only; else NaN."""
         if isinstance(self.inner, str):

@@ -67,6 +67,7 @@ class PSDLowRank(Transform[Tensor]):
         factor = vectors[..., -self.rank :] * roots.unsqueeze(-2)
         return factor.contiguous(), {}  # LAPACK's columns are apart; optimizers flatten raw
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest of |W - W^H|, -eigenvalue, and |eigenvalue| beyond `rank`."""
         spectrum: Tensor = linalg.eigvalsh((value + value.mH) / 2)

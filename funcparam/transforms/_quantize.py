@@ -90,6 +90,7 @@ class Ternary(Transform[Tensor]):
         every = level.all(dim=tuple(dims), keepdim=True) if dims else level
         return value * torch.where(every & (top > 0), stretch, 1), {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from its level."""
         return largest(value - self._levels(self.right_inverse(value)[0]))
@@ -227,6 +228,7 @@ class FakeQuantize(Transform[Tensor]):
     def project(self, value: Tensor, state: State) -> Tensor:
         return self.forward(value, state)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the grid in state, or its own without one."""
         if "scale" not in state:

@@ -92,6 +92,7 @@ class Simplex(Transform[Tensor]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector - vector.mean(-1, keepdim=True)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |sum - 1|, or how far the least entry is below 0 if that is more."""
         off = largest(value.sum(-1) - 1)

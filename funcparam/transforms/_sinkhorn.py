@@ -102,6 +102,7 @@ class DoublyStochastic(Transform[Tensor]):
         off_rows = vector - vector.mean(-1, keepdim=True)
         return off_rows - off_rows.mean(-2, keepdim=True)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest |row sum - 1|, |column sum - 1| or -entry."""
         rows, columns = largest(value.sum(-1) - 1), largest(value.sum(-2) - 1)

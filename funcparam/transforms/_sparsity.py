@@ -71,6 +71,7 @@ class TopK(Transform[Tensor]):
     ) -> tuple[Tensor, State]:
         return value, {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |entry| that would be cut off."""
         return largest(value - self._largest(value))
@@ -137,6 +138,7 @@ class NMSparse(Transform[Tensor]):
     ) -> tuple[Tensor, State]:
         return value, {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |entry| that would be cut off."""
         return largest(value - self._largest(value))

@@ -143,6 +143,7 @@ class SpectralNorm(Transform[Tensor]):
             value = torch.where(norms(raw, (0,)) < self.eps, raw, value)
         return value, state
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """|largest singular value - 1|."""
         if value.ndim == 1:

@@ -95,6 +95,7 @@ class SpectralCap(Transform[Tensor]):
     def project(self, value: Tensor, state: State) -> Tensor:
         return self.forward(value, state)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest singular value is above the bound; one in state counts if given."""
         spectrum = cast("Tensor", linalg.svdvals(value))

@@ -109,6 +109,7 @@ class UnitNorm(Transform[Tensor]):
         along = (normal.conj() * vector).real.sum(dims, keepdim=True)
         return torch.addcmul(vector, normal, along.to(normal.dtype), value=-1)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest ||W| - r|. A radius in state is the constraint."""
         if self.radius is None and "radius" not in state:

@@ -84,6 +84,7 @@ class StableDiagonal(Transform[Mapping[str, Tensor]]):
     def tangent(self, value: Tensor, vector: Tensor, state: State) -> Tensor:
         return vector
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """How far the largest modulus is above 1."""
         return largest((torch.hypot(*self._parts(value)) - 1).clamp_min(0))

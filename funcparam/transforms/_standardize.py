@@ -77,6 +77,7 @@ class WeightStandardization(Transform[Tensor]):
         varies = self._deviation(raw - self._mean(raw)) >= self.eps
         return torch.where(varies, self.forward(raw, state), raw), state
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """The largest |mean| or |deviation - 1|."""
         mean = self._mean(value)

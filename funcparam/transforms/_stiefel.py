@@ -99,6 +99,7 @@ class Stiefel(Transform[Tensor]):
     def karcher_mean(self, values: Tensor, weights: Tensor) -> Tensor:
         return karcher_mean(values, weights)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I| of the shorter side."""
         return Orthogonal().violation(value, state)
@@ -177,6 +178,7 @@ class Grassmann(Transform[Tensor]):
             return super().transport(raw, state, new_raw, new_state, covector)
         return _of_tall(_across, new_state["base"], found)
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |W^H W - I| of the shorter side."""
         return Orthogonal().violation(value, state)

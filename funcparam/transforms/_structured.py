@@ -56,6 +56,7 @@ class Circulant(Transform[Tensor]):
         diagonals = value[..., (j.unsqueeze(1) + j) % value.shape[-1], j]
         return diagonals.mean(-1), {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the mean of its wrapped diagonal."""
         return largest(value - self.forward(*self.right_inverse(value)))
@@ -109,6 +110,7 @@ class Toeplitz(Transform[Mapping[str, Tensor]]):
         column, row = means[..., n - 1 :].contiguous(), means[..., : n - 1].flip(-1)
         return {"column": column, "row": row}, {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest distance of an entry from the mean of its diagonal."""
         return largest(value - self.forward(*self.right_inverse(value)))
@@ -170,6 +172,7 @@ class BlockDiagonal(Transform[Tensor]):
         spread = value.reshape(*value.shape[:-2], k, m // k, k, n // k)
         return spread.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous(), {}
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """Largest |entry| outside of the blocks."""
         return largest(value - self.forward(*self.right_inverse(value)))

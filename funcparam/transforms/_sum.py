@@ -95,6 +95,7 @@ class Sum(Parts):
             pairs.append((raw, own))
         return merged([raw for raw, _ in pairs]), merged([own for _, own in pairs])
 
+    @full_precision
     def violation(self, value: Tensor, state: State) -> Tensor:
         """That of the one part that is not frozen, of what the others leave; else NaN."""
         trained, frozen = self._split({}, state)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from funcparam.transforms.contract.function import Function
 from tests.cases import every_case, every_row, raw_and_state, rebuild, tensors, value_of
 
 # what one rounding of each entry of an orthogonal matrix may do to W^T W, and to the rest less
@@ -88,6 +89,17 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(case, shape, dty
         for found, expected in pairs:
             if not found.is_complex():  # from real raw: there is no complex half
                 torch.testing.assert_close(found, expected.to(found.dtype), rtol=eps, atol=eps)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_violation_in_half_precision_is_that_of_the_value_in_float32(case, shape, dtype):
+    if isinstance(case.transform, Function):  # a user's two, which compute in what they are given
+        return
+    low = [cast(tree, dtype) for tree in (value_of(case, shape), raw_and_state(case, shape)[1])]
+    found = case.transform.violation(*low)
+    expected = case.transform.violation(*(cast(tree, torch.float32) for tree in low))
+    torch.testing.assert_close(found, expected.to(found.dtype), equal_nan=True)
 
 
 @every_row
