@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from funcparam.compat import _cache, _private
 from funcparam.compat._readings import READINGS
-from funcparam.compat._tensors import Values, all_or_nothing, own_tensors
+from funcparam.compat._tensors import Values, all_or_nothing, own_tensors, raw_tensors
 
 # What a module carries for the time of a call only; a copy made meanwhile does without.
 PASSING = ("_funcparam_exchanged", "_funcparam_resetting")
@@ -130,8 +130,7 @@ def initialise(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _restart(held: Any) -> None:
     """Let power iterations start from the singular vectors of what they divide now."""
-    names = ["original"] if held.is_tensor else [f"original{i}" for i in range(held.ntensors)]
-    args = tuple(getattr(held, name) for name in names)
+    args: tuple[Any, ...] = raw_tensors(held)
     with torch.no_grad():
         for part in held:
             if hasattr(part, "restart"):

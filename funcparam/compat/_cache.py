@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcparam.compat import _gate, _private
+from funcparam.compat._tensors import own_tensors, tree
 
 
 class _Entry(NamedTuple):
@@ -109,14 +110,7 @@ def _sources(module: nn.Module) -> list[object]:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    own = module.__dict__
-    tensors = [
-        x for x in (*own["_parameters"].values(), *own["_buffers"].values()) if x is not None
-    ]
-    for child in own["_modules"].values():
-        if child is not None:
-            tensors += _tensors(child)
-    return tensors
+    return [x for part in tree(module) for x in own_tensors(part)]
 
 
 def _conditions(parametrization: nn.Module) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm as WeightNormHook
 import funcparam as fp
 from funcparam.compat import _private
 from funcparam.compat._legacy import Legacy, Specs
-from funcparam.compat._tensors import register
+from funcparam.compat._tensors import raw_tensors, register
 from funcparam.compat._torch_names import from_hook, from_torch_names, with_torch_names
 from funcparam.compat.hooks import remove_spectral_norm, remove_weight_norm
 from funcparam.compat.parametrize import (
@@ -149,18 +149,12 @@ def _lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _take(held: nn.Module, *, native: bool) -> _Found:
     parts = list(cast("nn.ModuleList", held))
-    raws = _raws(held)
-    if len(parts) == 1 and (native or _private.torchs_part(parts[0]) is None):
+    raws = raw_tensors(held)
+    if len(parts) == 1 and (native or type(parts[0]) not in _private.TORCHS_PARTS):
         direct = from_torch_names(parts[0], raws)
         if direct is not None:
             return _Found(*direct)
     return _legacy(parts, raws, cast("Any", held))
-
-
-def _raws(held: Any) -> tuple[Tensor, ...]:
-    if held.is_tensor:
-        return (held.original,)
-    return tuple(getattr(held, f"original{i}") for i in range(held.ntensors))
 
 
 def _legacy(parts: list[nn.Module], raws: tuple[Tensor, ...], held: nn.Module) -> _Found:

@@ -178,7 +178,7 @@ class ParametrizationList(nn.ModuleList):
     def forward(self) -> Tensor:
         """Compute the value from the raw tensors."""
         parts, i = self._modules, 1  # nn.Module.__getattr__ and ModuleList's are slow
-        value = cast("nn.Module", parts["0"])(*self.raw())
+        value = parts["0"](*self.raw())
         while (part := parts.get(str(i))) is not None:
             value, i = part(value), i + 1
         return value

@@ -42,13 +42,9 @@ _PEEK = _find("torch._C._functorch.peek_interpreter_stack")
 _SET_STRATEGY = _find("torch._C._dynamo.eval_frame.set_code_exec_strategy")
 _STRATEGY = _find("torch._C._dynamo.eval_frame._FrameExecStrategy")
 _ACTION = _find("torch._C._dynamo.eval_frame._FrameAction")
-_PARTS = tuple(
-    _find(f"torch.nn.utils.parametrizations.{name}")
-    for name in ("_WeightNorm", "_SpectralNorm", "_Orthogonal")
-)
 
 # What code that looks into parametrizations asks for, and subclasses.
-TorchOrthogonal, TorchSpectralNorm, TorchWeightNorm = (
+TORCHS_PARTS = TorchOrthogonal, TorchSpectralNorm, TorchWeightNorm = tuple(
     cast("type[nn.Module]", _find(f"torch.nn.utils.parametrizations.{name}"))
     for name in ("_Orthogonal", "_SpectralNorm", "_WeightNorm")
 )
@@ -154,17 +150,6 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
-
-
-def torchs_part(part: nn.Module) -> str | None:
-    """What torch's own function has registered: "weight", "spectral", "orthogonal", or neither.
-
-    A subclass may compute anything, and is none of them.
-    """
-    for cls, name in zip(_PARTS, ("weight", "spectral", "orthogonal"), strict=True):
-        if type(part) is cls:
-            return name
-    return None
 
 
 def version(tensor: Tensor) -> int:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,23 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
     return [x for x in (*own["_parameters"].values(), *own["_buffers"].values()) if x is not None]
 
 
+def shaped(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """`tensor`, which has to have a shape; `module` calls it `name`."""
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError(
+            f"'{name}' of module '{module}' has no shape yet: run a batch through the lazy module"
+            " first, then parametrize it"
+        )
+    return tensor
+
+
+def raw_tensors(held: Any) -> tuple[Tensor, ...]:
+    """What a `ParametrizationList`, torch's too, computes the value from, in order."""
+    if held.is_tensor:
+        return (held.original,)
+    return tuple(getattr(held, f"original{i}") for i in range(held.ntensors))
+
+
 def put(dest: Tensor, src: Tensor) -> None:
     """Give `dest` the data of `src` and let it be the same object, which optimizers know."""
     if dest is src:
@@ -44,6 +61,14 @@ def put(dest: Tensor, src: Tensor) -> None:
         if wrapper:
             raise
         dest.set_(src)  # pyright: ignore[reportArgumentType]
+
+
+def tree(*modules: nn.Module) -> Iterator[nn.Module]:
+    """The modules and all below them; `modules()` takes three times as long."""
+    for module in modules:
+        yield module
+        if below := vars(module)["_modules"]:
+            yield from tree(*(child for child in below.values() if child is not None))
 
 
 @contextmanager

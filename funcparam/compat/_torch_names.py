@@ -23,39 +23,32 @@ from funcparam.transforms import AnyTransform, Orthogonal, SpectralNorm, WeightN
 
 Direct = tuple[AnyTransform, Any, dict[str, Tensor]]  # a transform with its raw and state
 
-_OURS = (
-    (WeightNormModule, "weight"),
-    (SpectralNormModule, "spectral"),
-    (OrthogonalModule, "orthogonal"),
-)
+# Of a subclass nothing is known: it may compute anything.
+_ORTHOGONALS = OrthogonalModule, _private.TorchOrthogonal
+_SPECTRAL_NORMS = SpectralNormModule, _private.TorchSpectralNorm
+_WEIGHT_NORMS = WeightNormModule, _private.TorchWeightNorm
 
 
 def is_weight_norm(part: nn.Module) -> bool:
     """Whether `parametrizations.weight_norm` made it, torch's or compat's."""
-    return _kind(part) == "weight"
+    return type(part) in _WEIGHT_NORMS
 
 
 def is_spectral_norm(part: nn.Module) -> bool:
     """Whether `parametrizations.spectral_norm` made it, torch's or compat's, or a transform."""
     ours = isinstance(part, TransformModule) and isinstance(part.transform, SpectralNorm)
-    return ours or _kind(part) == "spectral"
-
-
-def _kind(part: nn.Module) -> str | None:
-    """What kind of torch's own parametrizations it is; a subclass may compute anything."""
-    return next((kind for cls, kind in _OURS if type(part) is cls), _private.torchs_part(part))
+    return ours or type(part) in _SPECTRAL_NORMS
 
 
 def from_torch_names(part: Any, raws: tuple[Tensor, ...]) -> Direct | None:
     """The transform in `part` with its raw and state; None if `part` does more than that."""
     if type(part) is TransformModule:
         return part.transform, part.named(raws), part.state()
-    kind = _kind(part)
-    if kind == "weight":
+    if type(part) in _WEIGHT_NORMS:
         return _weight_norm(part.dim, *raws)
-    if kind == "orthogonal":
+    if type(part) in _ORTHOGONALS:
         return _orthogonal(part, raws[0])
-    if kind is None:
+    if type(part) not in _SPECTRAL_NORMS:
         return None
     if raws[0].ndim == 1:
         return SpectralNorm(eps=part.eps), raws[0], {}

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from funcparam.compat import _private
 from funcparam.compat._adapter import steps, write
+from funcparam.compat._tensors import shaped
 from funcparam.compat.parametrize import register_parametrization
 from funcparam.parametrization.sharding import whole
 from funcparam.transforms import Orthogonal, SpectralNorm, WeightNorm
 from funcparam.transforms.numerics.power_iteration import power_iteration
 
 __all__ = ["orthogonal", "spectral_norm", "weight_norm"]
+
+_HOUSEHOLDER = _private.ORTHOGONAL_MAPS["householder"]
 
 
 class _Orthogonal(_private.TorchOrthogonal):
@@ -25,25 +28,25 @@ class _Orthogonal(_private.TorchOrthogonal):
         orthogonal_map: Enum
         shape: torch.Size
         base: Tensor | None
+        signed: Orthogonal
 
     def __init__(
         self, weight: Tensor, orthogonal_map: Any, *, use_trivialization: bool = True
     ) -> None:
         super().__init__(weight, orthogonal_map, use_trivialization=use_trivialization)
-        name = orthogonal_map.name
-        self.based, self.free = Orthogonal(name), Orthogonal(name, trivialize=False)
+        # takes signs, and a base point too where there is one
+        vars(self)["signed"] = Orthogonal(orthogonal_map.name, trivialize=False)
 
     @_private.unscripted
     def forward(self, X: Tensor) -> Tensor:
         """Map raw to an orthogonal matrix."""
-        raw = whole(X)
-        base = getattr(self, "base", None)  # none as long as nothing was assigned: in a chain
-        signs = signs_of(raw) if self.orthogonal_map.name == "householder" else None
-        if base is None:
-            return self.free.forward(raw, {} if signs is None else {"signs": signs})
-        Q = self.based.forward(raw, {"base": base})
-        wide = Q.shape[-2] < Q.shape[-1]
-        return Q if signs is None else Q * signs.unsqueeze(-1 if wide else -2)
+        raw, state = whole(X), dict[str, Tensor]()
+        base = getattr(self, "base", None)
+        if base is not None:  # in a chain there is none until it is assigned to
+            state["base"] = base
+        if self.orthogonal_map is _HOUSEHOLDER:
+            state["signs"] = signs_of(raw)
+        return self.signed.forward(raw, state)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """Raw and base point for an orthogonal `value`; of any other, its Q factor."""
@@ -56,12 +59,12 @@ class _Orthogonal(_private.TorchOrthogonal):
         if hasattr(self, "base"):
             self.base = self._base_for(value)
             return _with_diagonal(torch.zeros_like(value), -1)
-        if self.orthogonal_map.name != "householder":
+        if self.orthogonal_map is not _HOUSEHOLDER:
             raise NotImplementedError(
                 "It is not possible to assign to the matrix exponential "
                 "or the Cayley parametrizations when use_trivialization=False."
             )
-        raw, state = self.free.right_inverse(value)
+        raw, state = self.signed.right_inverse(value)
         return _with_diagonal(raw, -state["signs"])
 
     def _base_for(self, value: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class _Orthogonal(_private.TorchOrthogonal):
                 *tall.shape[:-2], n, n - k, dtype=value.dtype, device=value.device
             )
             tall = torch.cat([tall, complement], dim=-1)
-        return self.based.right_inverse(tall)[1]["base"]
+        return Orthogonal().right_inverse(tall)[1]["base"]
 
 
 def signs_of(X: Tensor) -> Tensor:
@@ -140,10 +143,11 @@ class _WeightNorm(_private.TorchWeightNorm):
 
     if TYPE_CHECKING:
         dim: int
+        transform: WeightNorm
 
     def __init__(self, dim: int | None = 0) -> None:
         super().__init__(dim)
-        self.transform = WeightNorm(None if self.dim == -1 else self.dim)
+        vars(self)["transform"] = WeightNorm(None if self.dim == -1 else self.dim)
 
     @_private.unscripted
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
@@ -284,9 +288,4 @@ def _find(module: nn.Module, name: str) -> Tensor:
             f"Module '{module}' has no parameter or buffer with name '{name}'"
             + (": it is None, this module was built without it" if built_without else "")
         )
-    if torch.nn.parameter.is_lazy(weight):
-        raise ValueError(
-            f"'{name}' of module '{module}' has no shape yet: run a batch through the lazy module"
-            " first, then parametrize it"
-        )
-    return weight
+    return shaped(module, name, weight)

@@ -15,7 +15,15 @@ from funcparam.compat._cache import cached
 from funcparam.compat._classes import original_class, parametrized_class
 from funcparam.compat._gate import ShowsTorchsCache
 from funcparam.compat._list import ParametrizationList, like
-from funcparam.compat._tensors import all_or_nothing, own_tensors, put, register, state_kept
+from funcparam.compat._tensors import (
+    all_or_nothing,
+    own_tensors,
+    put,
+    register,
+    shaped,
+    state_kept,
+    tree,
+)
 
 __all__ = [
     "ParametrizationList",
@@ -59,13 +67,13 @@ def register_parametrization(
     """
     part = as_module(parametrization)
     if is_parametrized(module, tensor_name):
-        with all_or_nothing([*_concerned(module), *part.modules()]):
+        with all_or_nothing(tree(_lists(module)[tensor_name], part)):
             part.train(module.training)
             _append(module, tensor_name, part, unsafe)
         return module
     may_be_tied = _ties.may_be_tied(module, tensor_name)
     original = _tensor(module, tensor_name)
-    with all_or_nothing([*_concerned(module), *part.modules()], [original]):
+    with all_or_nothing([*_concerned(module), *tree(part)], [original]):
         part.train(module.training)
         held = ParametrizationList([part], original, unsafe=unsafe)
         if may_be_tied and held.moved:
@@ -161,12 +169,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
             f"'{name}' of module '{module}' is None: this module was built without it, so there is"
             " nothing to parametrize"
         )
-    if torch.nn.parameter.is_lazy(tensor):
-        raise ValueError(
-            f"'{name}' of module '{module}' has no shape yet: run a batch through the lazy module"
-            " first, then parametrize it"
-        )
-    return tensor
+    return shaped(module, name, tensor)
 
 
 def is_parametrized(module: nn.Module, tensor_name: str | None = None) -> bool:
@@ -208,7 +211,7 @@ def remove_parametrizations(
         raise ValueError(f"Module {module} does not have a parametrization on {tensor_name}")
     lists = _lists(module)
     held = cast("ParametrizationList", lists[tensor_name])
-    with all_or_nothing(_concerned(module), own_tensors(held)):
+    with all_or_nothing([module, lists, *tree(*held)], own_tensors(held)):
         tensor = _plain_tensor(module, tensor_name, held, leave_parametrized)
         del lists[tensor_name]
         if not lists:
@@ -244,7 +247,7 @@ def _plain_tensor(
 
 def _from_several(held: ParametrizationList, value: Tensor) -> Tensor:
     """A parameter with the value: the one that was there before, if it is one of raw."""
-    raws = list(held.parameters(recurse=False))
+    raws = _private.tables(held)[0].values()
     value = value.detach()
     if not raws:
         return value
@@ -305,7 +308,7 @@ def transfer_parametrizations_and_params(
     if not is_parametrized(from_module):
         return to_module
     names = [*_lists(from_module)] if tensor_name is None else [tensor_name]
-    modules = [*_concerned(to_module), *_concerned(from_module)]
+    modules = [*_concerned(to_module), *tree(_lists(from_module))]
     with all_or_nothing(modules, own_tensors(to_module)):
         for name in names:
             _transfer(from_module, to_module, name)
@@ -329,7 +332,7 @@ def _concerned(module: nn.Module) -> Iterator[nn.Module]:
     """The module and everything under `module.parametrizations`."""
     yield module
     if is_parametrized(module):
-        yield from _lists(module).modules()
+        yield from tree(_lists(module))
 
 
 def _lists(module: nn.Module) -> nn.ModuleDict:
@@ -340,7 +343,8 @@ def _lists(module: nn.Module) -> nn.ModuleDict:
 def _set_class(module: nn.Module, names: set[str]) -> None:
     """Give `module` the class in which exactly `names` are parametrized."""
     cls = original_class(module) if _has_injected_class(module) else type(module)
-    module.__class__ = parametrized_class(cls, frozenset(names)) if names else cls
+    new = parametrized_class(cls, frozenset(names)) if names else cls
+    object.__setattr__(module, "__class__", new)  # past nn.Module.__setattr__
 
 
 def _has_injected_class(module: nn.Module) -> bool:
