@@ -19,6 +19,7 @@ from funcparam.transforms.contract.base import (
 )
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
+from funcparam.transforms.numerics.inside import least_positive
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.softplus import inverse_softplus, log_softplus, softplus
 
@@ -34,8 +35,9 @@ class CholeskyFactor(Transform[Tensor]):
 
     Raw has the shape of the value, `(..., n, n)`; its upper triangle is unused and starts at 0.
     Real and complex, where of the diagonal of raw the real part counts. A value of this kind is
-    kept; of another one with a positive diagonal the lower triangle is. Log-determinant over the
-    lower triangle: the sum of $\log \sigma(X_{ii})$.
+    kept; of another one with a positive diagonal the lower triangle is. No diagonal rounds to 0: it
+    is at least the least normal number (float16: the least number). Log-determinant over the lower
+    triangle: the sum of $\log \sigma(X_{ii})$.
 
     Raises:
         ValueError: at `fp.parametrize`, if the value is not square; at init, if its diagonal is not
@@ -55,9 +57,8 @@ class CholeskyFactor(Transform[Tensor]):
 
     roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
-    @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        return _factor(raw)
+        return self._forward(raw, state, torch.finfo(raw.dtype))
 
     @full_precision
     def right_inverse(
@@ -100,6 +101,10 @@ class CholeskyFactor(Transform[Tensor]):
     def check(self, value: Tensor) -> None:
         super().check(value)
         expect_square(self, value)
+
+    @full_precision
+    def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
+        return _factor(raw, rounded_to)
 
 
 @final
@@ -146,7 +151,7 @@ class PositiveDefinite(Transform[Tensor]):
 
     @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        L = _factor(raw)
+        L = _factor(raw, torch.finfo(raw.dtype))
         gram = L @ L.mH
         return gram + self._shift(gram) if self.eps else gram
 
@@ -215,8 +220,8 @@ def _diagonal(X: Tensor) -> Tensor:
     return X.diagonal(dim1=-2, dim2=-1).real
 
 
-def _factor(raw: Tensor) -> Tensor:
-    diagonal = softplus(_diagonal(raw)).clamp_min(torch.finfo(raw.dtype).tiny)
+def _factor(raw: Tensor, rounded_to: torch.finfo) -> Tensor:
+    diagonal = softplus(_diagonal(raw)).clamp_min(least_positive(raw.dtype, rounded_to))
     return raw.tril(-1) + diagonal.diag_embed()
 
 

@@ -19,6 +19,7 @@ from funcparam.transforms.contract.base import (
 )
 from funcparam.transforms.contract.precision import full_precision
 from funcparam.transforms.contract.roles import Role
+from funcparam.transforms.numerics.inside import least_positive
 from funcparam.transforms.numerics.linalg import linalg
 from funcparam.transforms.numerics.norms import directions
 
@@ -33,7 +34,8 @@ class CorrelationCholesky(Transform[Tensor]):
 
     `L @ L.mT` is the correlation matrix. For a value of shape `(..., n, n)` raw is
     `(..., n (n - 1) / 2)`, the entries below the diagonal row by row; `tanh` of them are the
-    canonical partial correlations, and 0 is the identity. Real dtypes.
+    canonical partial correlations, and 0 is the identity. Real dtypes. No diagonal rounds to 0: it
+    is at least the least normal number (float16: the least number).
 
     A value of this kind is kept. Of any other with a positive diagonal the lower triangle is
     taken and each row divided by its length. The log-determinant is over the entries below the
@@ -61,11 +63,8 @@ class CorrelationCholesky(Transform[Tensor]):
 
     roles: ClassVar[Mapping[str, Role]] = {"": "coordinates"}
 
-    @full_precision
     def forward(self, raw: Tensor, state: State) -> Tensor:
-        X = _below_diagonal(raw)
-        identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-        return (X.tanh() + identity) * (_log_left(X) / 2).exp()
+        return self._forward(raw, state, torch.finfo(raw.dtype))
 
     @full_precision
     def right_inverse(
@@ -111,6 +110,13 @@ class CorrelationCholesky(Transform[Tensor]):
             raise ValueError(
                 f"{self!r} expects a matrix with at least one row; got shape {tuple(value.shape)}"
             )
+
+    @full_precision
+    def _forward(self, raw: Tensor, state: State, rounded_to: torch.finfo) -> Tensor:
+        X = _below_diagonal(raw)
+        identity = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+        left = (_log_left(X) / 2).exp().clamp_min(least_positive(X.dtype, rounded_to))
+        return (X.tanh() + identity) * left
 
 
 def _below_diagonal(raw: Tensor) -> Tensor:

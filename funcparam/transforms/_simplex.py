@@ -29,8 +29,8 @@ class Simplex(Transform[Tensor]):
         middle of the simplex. The log-determinant is over the first n - 1 entries of the value:
         the sum of $\log(1 - z_k) + \log W_k$. It mixes coordinates, so softmax trains better.
 
-    Real dtypes. A positive value that sums to 1 is kept; another positive one goes to
-    `value / value.sum(-1)`.
+    Real dtypes. An entry below the least number is 0. A positive value that sums to 1 is kept;
+    another positive one goes to `value / value.sum(-1)`.
 
     Args:
         map: `"softmax"` or `"stick_breaking"`.

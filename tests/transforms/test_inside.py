@@ -5,7 +5,15 @@ import torch
 from torch.distributions import Beta, NegativeBinomial, constraints, transform_to
 from torch.func import grad
 
-from funcparam.transforms import Interval, LowerBound, Positive, UpperBound, from_constraint
+from funcparam.transforms import (
+    CholeskyFactor,
+    CorrelationCholesky,
+    Interval,
+    LowerBound,
+    Positive,
+    UpperBound,
+    from_constraint,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 RAW = [0.0, 6.5, 9.0, 17.0, 40.0, 89.0, 1e3, 6e4, float("inf")]
@@ -49,6 +57,14 @@ def test_one_sided_bounds(bound, dtype):
 def test_positive(map, dtype):
     raw = torch.tensor([0.0, -20.0, -110.0, -800.0, -6e4], dtype=dtype)
     assert (Positive(map).forward(raw, {}) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [-17.0, -110.0, -1e3, 110.0, 1e3])
+def test_diagonals_of_cholesky_factors(number, dtype):
+    for transform, shape in ((CholeskyFactor(), (3, 3)), (CorrelationCholesky(), (3,))):
+        value = transform.forward(torch.full(shape, number, dtype=dtype), {})
+        assert (value.diagonal() > 0).all()
 
 
 def test_infinite_raw_stays_infinite_and_nan_is_nan():
