@@ -1,6 +1,10 @@
-"""Interleaved timing: every round measures each candidate once, so a busy machine slows all."""
+"""Interleaved timing: every round measures each candidate once, so a busy machine slows all.
+
+In another order each round: what comes after a large one finds its memory in pieces.
+"""
 
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -41,9 +45,11 @@ def interleaved(functions, rounds=11, seconds=0.02, device="cpu"):
         function()
         repeats[name] = max(1, int(seconds / once(function, 2, device)))
     times = {name: [] for name in functions}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(once(function, repeats[name], device))
+        for name in order.sample(list(functions), len(functions)):
+            functions[name]()  # or the caches have what the one before has left there
+            times[name].append(once(functions[name], repeats[name], device))
     return times
 
 

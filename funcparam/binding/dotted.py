@@ -35,11 +35,11 @@ def collect(
         if raw_keys is None:
             raw[name] = _tensor(_module_at(raw_root, parents), key)
         elif raw_keys:
-            raw[name] = _below(_module_at(raw_root, [*parents, key]), raw_keys)
+            raw[name] = _below(_module_at(raw_root, parents), key, raw_keys)
         else:  # which has no module
             raw[name] = {}
         if state_keys:
-            state[name] = _below(_module_at(state_root, [*parents, key]), state_keys)
+            state[name] = _below(_module_at(state_root, parents), key, state_keys)
     return raw, state
 
 
@@ -124,8 +124,12 @@ def _apart(path: str) -> tuple[list[str], str]:
     return parents, key
 
 
-def _below(owner: nn.Module, keys: list[str]) -> dict[str, Tensor]:
+def _below(parent: nn.Module, name: str, keys: list[str]) -> dict[str, Tensor]:
     """The tensors of one leaf, whose keys may be dotted."""
+    owner: Any = parent._modules[name]  # pyright: ignore[reportPrivateUsage]
+    table: dict[str, Tensor] = owner._parameters or owner._buffers
+    if len(table) == len(keys):
+        return {key: table[key] for key in keys}
     return {key: _at(owner, key) if "." in key else _tensor(owner, key) for key in keys}
 
 

@@ -184,7 +184,8 @@ class Tree:
         self._lock: RLock | Several | None = None
         self._last: Places | None = None
         self._modules = list(modules.values())
-        self._tables, self._entries = self._picture()
+        compiling = torch.compiler.is_compiling()  # which looks at every table by itself
+        self._tables, self._entries = ([], []) if compiling else self._picture()
 
     @property
     def lock(self) -> RLock | Several:

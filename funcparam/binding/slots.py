@@ -36,20 +36,20 @@ class Slots:
         self._tables = [vars(parent)["_modules"] for parent, _, _ in links.values()]
         self._keys = [key for _, key, _ in links.values()]
         self._children = [child for _, _, child in links.values()]
-        self._owners = [
-            (vars(p.owner), p.table, p.entries()) for own in self.at.values() for p in own
-        ]
+        every_place = [place for own in self.at.values() for place in own]
+        self._owners = [vars(place.owner) for place in every_place]
+        self._kinds = [place.table for place in every_place]
 
     def is_as_it_was(self, net: nn.Module) -> bool:
         """Whether all is where it was."""
         if net is not self.net:
             return False
         try:
-            if not all(map(is_, map(getitem, self._tables, self._keys), self._children)):
-                return False
+            children = list(map(getitem, self._tables, self._keys))
         except KeyError:
             return False
-        return all(own[name] is table for own, name, table in self._owners)
+        tables = map(getitem, self._owners, self._kinds)
+        return all(map(is_, children, self._children)) and all(map(is_, tables, self.every.tables))
 
     def expect_empty(self) -> None:
         """Raise if somebody wrote to a slot, whose tensor would be neither used nor kept."""

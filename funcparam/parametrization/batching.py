@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import inf, prod
+from operator import attrgetter
 from typing import Any, TypeAlias, cast, final
 
 import torch
@@ -19,6 +20,8 @@ Stack: TypeAlias = "tuple[Any, State]"
 """Raw and state of a group, each tensor with the leaves along dimension 0."""
 
 _PLAIN = (nn.Parameter, Tensor)
+
+_look = attrgetter("__class__", "dtype", "device", "requires_grad")
 
 _unsafe_split = cast("Any", torch.unsafe_split)
 
@@ -242,6 +245,8 @@ def _are_alike(tensors: Sequence[Any]) -> bool:
 
     A stack with one trained leaf would make frozen ones look trained.
     """
-    if not all(type(t) in _PLAIN for t in tensors):
-        return False
-    return len({(t.dtype, t.device, t.requires_grad) for t in tensors}) == 1
+    if torch.compiler.is_compiling():  # which does not know attrgetter
+        looks: set[Any] = {(type(t), t.dtype, t.device, t.requires_grad) for t in tensors}
+    else:
+        looks = set(map(_look, tensors))
+    return all(look[0] in _PLAIN for look in looks) and len({look[1:] for look in looks}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ StateTree: TypeAlias = Mapping[str, State]
 
 T = TypeVar("T")
 
+_look = attrgetter("shape", "dtype", "is_meta")
 _dict: Any = dict  # without types of keys and values, which a comparison cannot know
 
 
@@ -52,8 +54,11 @@ class Expected:
         specs = [spec for own in (*nested, *states.values()) for spec in own.values()]
         self._names = list(found)
         self._keys = [None if isinstance(raw, TensorSpec) else list(raw) for raw in raws]
+        self._is_flat = all(keys is None for keys in self._keys)
         self._state = [(name, list(own)) for name, own in states.items()]
         self._shapes, self._dtypes = [s.shape for s in specs], [s.dtype for s in specs]
+        # A product of meta tensors and others is garbage; compilers raise for it by themselves.
+        self._looks = [[(s.shape, s.dtype, meta) for s in specs] for meta in (False, True)]
 
     def fits(self, raw: Any, state: Any) -> bool:
         """Whether all names, in order, shapes and dtypes are the expected ones.
@@ -65,8 +70,8 @@ class Expected:
             return False
         if type(state) is not _dict or len(state) != len(self._state):
             return False
-        tensors: list[Any] = []
-        for own, keys in zip(raw.values(), self._keys, strict=True):
+        tensors: list[Any] = [*raw.values()] if self._is_flat else []
+        for own, keys in () if self._is_flat else zip(raw.values(), self._keys, strict=True):
             if keys is None:
                 tensors.append(own)
             elif type(own) is _dict and list(own) == keys:
@@ -79,12 +84,12 @@ class Expected:
                 return False
             tensors += own.values()
         try:
-            shapes, dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
-            # A product of meta tensors and others is garbage; compilers raise for it by themselves.
-            one_kind = torch.compiler.is_compiling() or len({t.is_meta for t in tensors}) < 2
+            if torch.compiler.is_compiling():  # which does not know attrgetter
+                shapes, dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
+                return shapes == self._shapes and dtypes == self._dtypes
+            return list(map(_look, tensors)) in self._looks
         except AttributeError:
             return False
-        return one_kind and shapes == self._shapes and dtypes == self._dtypes
 
 
 def checked(

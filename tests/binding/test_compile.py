@@ -95,3 +95,18 @@ def test_a_write_to_a_ruled_weight_is_an_error_in_a_compiled_call_too(training):
     model.net[0].weight = nn.Parameter(torch.eye(6).double())
     with pytest.raises(RuntimeError, match="'0.weight' of this Parametrized's network was written"):
         call(x)
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_call_that_is_prepared_inside():
+    net, p = mixed()
+    raw, state = p.init(net)
+    x = torch.ones(2, 6).double()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def call(values, x):
+        return fp.functional_call(net)(values, (x,))
+
+    for scale in (1.0, 2.0):
+        values = {name: scale * value for name, value in p(raw, state).items()}
+        torch.testing.assert_close(call(values, x), fp.functional_call(net)(values, (x,)))
