@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import ismethod
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from funcparam.binding.layers import owner_of
-from funcparam.parametrization.parametrization import Parametrization
+
+if TYPE_CHECKING:
+    from funcparam.binding.module import Parametrized
 
 
-class Shell(Protocol):
-    """What is said here of a shell."""
-
-    @property
-    def parametrization(self) -> Parametrization[dict[str, Tensor]]:
-        """Its parametrization."""
-        ...
-
-    def values(self) -> dict[str, Tensor]:
-        """The tensors that its network is called with."""
-        ...
-
-    def bound(self) -> AbstractContextManager[nn.Module]:
-        """A block in which its network has them."""
-        ...
-
-
-def get(shell: Shell, net: nn.Module, name: str) -> Any:
+def get(shell: Parametrized, net: nn.Module, name: str) -> Any:
     """The network's attribute; its methods run with the values in place."""
     found = getattr(net, name)
     if found is None and _is_ruled(shell, name):
@@ -79,6 +63,6 @@ def _has(module: nn.Module, name: str) -> bool:
     return any(name in table for table in tables) or hasattr(type(module), name)
 
 
-def _is_ruled(shell: Shell, name: str) -> bool:
+def _is_ruled(shell: Parametrized, name: str) -> bool:
     entries = shell.parametrization.entries
     return any(name in entry.names and entry.transform is not None for entry in entries)

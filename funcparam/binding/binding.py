@@ -13,8 +13,9 @@ from typing_extensions import Self
 
 from funcparam.binding import watch
 from funcparam.binding.locks import Several
-from funcparam.binding.places import Place, Places, changed
+from funcparam.binding.places import Place, Places
 from funcparam.binding.recompute import version
+from funcparam.binding.recurrent import renewed
 
 if TYPE_CHECKING:
     from funcparam.binding.reading import Reading
@@ -106,7 +107,7 @@ def traced(found: Sequence[tuple[Tensor, Place]]) -> Generator[None]:
     try:
         for tensor, place in found:
             place.write(tensor)
-        with changed([place for _, place in found]):
+        with renewed([place.owner for _, place in found]):
             yield
     finally:
         for (_, place), tensor in zip(found, before, strict=True):
@@ -125,6 +126,6 @@ def call_traced(
         What the network returns, and what is in each place afterwards.
     """
     tensors = {place.path: tensor for tensor, place in found}
-    with changed([place for _, place in found]):
+    with renewed([place.owner for _, place in found]):
         out = torch.func.functional_call(net, tensors, args, kwargs, tie_weights=False)
     return out, tensors

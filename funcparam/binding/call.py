@@ -54,13 +54,10 @@ class ParametrizedCall:
         buffers = {} if buffers is None else buffers
         values = self._evaluation.values(raw, {} if state is None else state)
         bound = {**buffers, **values.tensors}
-        if values.reading is None:
-            try:
-                return self._call(bound, args, kwargs)
-            finally:
-                buffers |= {name: bound[name] for name in buffers}
-        positional = cast("tuple[Any, ...]", args) if isinstance(args, tuple) else (args,)
         try:
+            if values.reading is None:
+                return self._call(bound, args, kwargs)
+            positional = cast("tuple[Any, ...]", args) if isinstance(args, tuple) else (args,)
             return self._call.call(bound, positional, dict(kwargs or {}), values.reading)
         finally:
             buffers |= {name: bound[name] for name in buffers}

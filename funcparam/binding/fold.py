@@ -40,7 +40,8 @@ def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """
     if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"values: expected a dict of tensors; got {describe(values)}")
-    leaves = {name: leaf for leaf in flatten(net)[0] for name in leaf.names}
+    every = flatten(net)[0]
+    leaves = {name: leaf for leaf in every for name in leaf.names}
     chosen: dict[int, Tensor] = {}
     for name, value in values.items():
         if not isinstance(value, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -59,7 +60,7 @@ def fold(net: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
             raise ValueError(f"values: {name!r} is tied; got two different tensors for its tie")
 
     memo: dict[int, Any] = {}
-    for leaf in flatten(net)[0]:
+    for leaf in every:
         old = leaf.tensor
         value = chosen.get(id(old))
         if value is not None:

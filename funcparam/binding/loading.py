@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,33 +13,16 @@ from funcparam.binding.dotted import paths
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.parametrize import parametrize
 from funcparam.parametrization.sharding import sharded_like, whole
-from funcparam.transforms.contract.base import Raw, State
 
 if TYPE_CHECKING:
     from os import PathLike
 
+    from funcparam.binding.module import Parametrized
     from funcparam.checkpoint import Contents
 
 
-class Shell(Protocol):
-    """What is said here of a shell."""
-
-    @property
-    def parametrization(self) -> Parametrization[dict[str, Tensor]]:
-        """Its parametrization."""
-        ...
-
-    def raw_and_state(self) -> tuple[dict[str, Raw], dict[str, State]]:
-        """Its tensors as `p` takes them."""
-        ...
-
-    def state_dict(self, *, keep_vars: bool) -> Mapping[str, Any]:
-        """Its tensors."""
-        ...
-
-
 def respell(
-    model: Shell, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
+    model: Parametrized, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
 ) -> None:
     """Give the tensors below `prefix` the keys that the shell has for them, in place.
 
@@ -108,14 +91,14 @@ def load_others(net: nn.Module, contents: Contents) -> None:
         )
 
 
-def say(model: Shell, metadata: dict[str, Any]) -> None:
+def say(model: Parametrized, metadata: dict[str, Any]) -> None:
     """Say which transforms wrote raw and state, where a file keeps the versions of modules."""
     from funcparam.checkpoint._spec import KEY, description
 
     metadata[KEY] = description(model.parametrization)
 
 
-def _is_by(model: Shell, metadata: Mapping[str, Any]) -> bool:
+def _is_by(model: Parametrized, metadata: Mapping[str, Any]) -> bool:
     from funcparam.checkpoint._spec import KEY, description
 
     return metadata.get(KEY) in (None, description(model.parametrization))
@@ -142,7 +125,7 @@ def _plain(key: str, prefix: str, names: list[str]) -> str:
 
 
 def _read(
-    model: Shell,
+    model: Parametrized,
     given: Mapping[str, Any],
     prefix: str,
     metadata: Mapping[str, Any],

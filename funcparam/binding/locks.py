@@ -6,10 +6,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from threading import Lock, RLock
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from funcparam.binding.places import Tree
+    from funcparam.binding.slots import Slots
+
+L = TypeVar("L", "Tree", "Slots")
+"""What was looked up of a network, and may have to be looked up again."""
 
 # Past the modules, whose copies and pickles know nothing of it.
 _locks: WeakKeyDictionary[nn.Module, tuple[int, RLock]] = WeakKeyDictionary()
@@ -34,18 +41,6 @@ class Several:
             lock.release()
 
 
-class Looked(Protocol):
-    """What was looked up of a network, and may have to be looked up again."""
-
-    @property
-    def lock(self) -> RLock | Several:
-        """That of the network as it was."""
-        ...
-
-
-L = TypeVar("L", bound=Looked)
-
-
 def lock_of(net: nn.Module, modules: Iterable[nn.Module]) -> RLock | Several:
     """What a thread holds while a network with these modules has tensors that are not its own.
 
@@ -60,7 +55,7 @@ def lock_of(net: nn.Module, modules: Iterable[nn.Module]) -> RLock | Several:
     return Several(tuple(lock for _, lock in known)) if len(known) > 1 else new[1]
 
 
-def hold(last: Looked, look: Callable[[], L]) -> L:
+def hold(last: L, look: Callable[[], L]) -> L:
     """Take the lock of a network, which is the one of how it looks once the lock is taken."""
     while True:
         lock = last.lock

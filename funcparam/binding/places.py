@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import getitem, is_, itemgetter, setitem
 from threading import RLock
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from funcparam.binding.locks import Several, lock_of
+from funcparam.binding.recurrent import Recurrent
 
 _values, _items = cast("Any", dict.values), cast("Any", dict.items)
 _get = cast("Any", dict.get)
@@ -74,25 +74,23 @@ class Places:
         self._one_each = self._sources == list(range(len(self.names)))
         self.tables = [place.entries() for place in places]
         self.keys = [place.key for place in places]
-        self._rnns = rnns(places)
+        self._rnns = Recurrent(place.owner for place in places)
 
     def take(self) -> tuple[list[Any], list[Any]]:
         """Read what is there, and what recurrent layers keep beside it."""
-        return list(map(getitem, self.tables, self.keys)), list(map(lists_of, self._rnns))
+        return list(map(getitem, self.tables, self.keys)), self._rnns.take()
 
     def put(self, tensors: list[Any]) -> None:
         """Write one tensor for each name."""
         if not self._one_each:
             tensors = [tensors[i] for i in self._sources]
         deque(map(setitem, self.tables, self.keys, tensors), maxlen=0)
-        for rnn in self._rnns:
-            set_lists(rnn, *changed_lists(rnn))
+        self._rnns.renew()
 
     def put_back(self, taken: tuple[list[Any], list[Any]]) -> None:
         """Write what `take` read."""
         deque(map(setitem, self.tables, self.keys, taken[0]), maxlen=0)
-        for rnn, lists in zip(self._rnns, taken[1], strict=True):
-            set_lists(rnn, *lists)
+        self._rnns.put_back(taken[1])
 
     def agree(self, tensors: list[Any]) -> bool:
         """Whether the names of each tie have one tensor."""
@@ -113,45 +111,6 @@ class Places:
         for i, place in firsts.items():
             if found[place] is not tensors[i] and self.keys[place] in self.tables[place]:
                 yield self.names[i], found[place]
-
-
-def rnns(places: Sequence[Place]) -> list[Any]:
-    """The recurrent layers among the owners: they keep lists of the weights of their last call."""
-    found = {id(p.owner): p.owner for p in places if isinstance(p.owner, nn.RNNBase)}
-    return list(found.values())
-
-
-def lists_of(rnn: Any) -> tuple[list[Any], list[Any]]:
-    """The lists as they are."""
-    return rnn._flat_weights, rnn._flat_weight_refs
-
-
-def changed_lists(rnn: Any) -> tuple[list[Any], list[Any]]:
-    """The same, such that the next call sees that its weights have changed."""
-    return rnn._flat_weights, [_elsewhere] * len(rnn._flat_weights)
-
-
-def set_lists(rnn: Any, weights: list[Any], refs: list[Any]) -> None:
-    """Let the layer have these."""
-    rnn._flat_weights, rnn._flat_weight_refs = weights, refs
-
-
-def _elsewhere() -> None:
-    """In the place of a weak reference to a weight that is no more."""
-
-
-@contextmanager
-def changed(places: Sequence[Place]) -> Generator[None]:
-    """A block in which recurrent layers see that their weights have changed."""
-    layers = rnns(places)
-    lists = [lists_of(rnn) for rnn in layers]
-    try:
-        for rnn in layers:
-            set_lists(rnn, *changed_lists(rnn))
-        yield
-    finally:
-        for rnn, own in zip(layers, lists, strict=True):
-            set_lists(rnn, *own)
 
 
 class Tree:

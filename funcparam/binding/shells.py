@@ -67,8 +67,10 @@ def shells(
     p = parametrize(net, rules)
     tops = _tops(net, block)
     homes: dict[str, dict[str, Any]] = {}
-    for entry in (entry for entry in p.entries if entry.transform is not None):
-        if entry.transform is not None and entry.transform.takes():
+    for entry in p.entries:
+        if entry.transform is None:
+            continue
+        if entry.transform.takes():
             raise ValueError(
                 f"{entry.name!r}: {entry.transform!r} takes the value of another weight, which the"
                 " shell of its block may not have. Use one Parametrized"

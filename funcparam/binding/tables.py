@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from funcparam.binding.places import Place, changed
+from funcparam.binding.places import Place
+from funcparam.binding.recurrent import renewed
 
 _get, _keys = cast("Any", dict.__getitem__), cast("Any", dict.keys)
 
@@ -68,7 +69,7 @@ def read_later(places: Sequence[tuple[str, Place]], read: Read) -> Generator[Non
     try:
         for module, names in later.items():
             vars(module)["_parameters"] = Table(module, names, read)
-        with changed([place for _, place in places]):
+        with renewed(later):
             yield
     finally:
         for own, table in before:

@@ -9,37 +9,27 @@ threads, where nothing is bound, see no difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from threading import Lock, local
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import checkpoint
 
-from funcparam.binding.places import Places
+if TYPE_CHECKING:
+    from funcparam.binding.binding import Binding
 
 _checkpoint = cast("Any", checkpoint)
-
-
-class Bound(Protocol):
-    """What is bound, and can be bound again with other tensors in the place of some."""
-
-    places: Places
-    tensors: list[Any]
-
-    def again(self, instead: Mapping[int, Tensor]) -> AbstractContextManager[Any]:
-        """The block, once more."""
-        ...
 
 
 class _Thread(local):
     """What this thread has bound, innermost last."""
 
     def __init__(self) -> None:
-        self.bound: list[Bound] = []
+        self.bound: list[Binding] = []
 
 
 class _Watch:
@@ -70,7 +60,7 @@ _thread = _Thread()
 _watch = _Watch()
 
 
-def push(binding: Bound) -> None:
+def push(binding: Binding) -> None:
     """Note what is bound."""
     if not _thread.bound:
         _watch.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,27 +13,15 @@ from funcparam.binding.binding import Binding
 from funcparam.binding.dotted import changed, overwrite
 from funcparam.binding.slots import refuse_write
 from funcparam.parametrization.boundary import value_of
-from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.sharding import whole
 from funcparam.parametrization.values import inverted
-from funcparam.transforms.contract.base import Raw, State
 
-
-class Shell(Protocol):
-    """What is said here of a shell."""
-
-    @property
-    def parametrization(self) -> Parametrization[dict[str, Tensor]]:
-        """Its parametrization."""
-        ...
-
-    def raw_and_state(self) -> tuple[dict[str, Raw], dict[str, State]]:
-        """Its tensors as `p` takes them."""
-        ...
+if TYPE_CHECKING:
+    from funcparam.binding.module import Parametrized
 
 
 @contextmanager
-def to_raw(shell: Shell, binding: Binding | None) -> Generator[None]:
+def to_raw(shell: Parametrized, binding: Binding | None) -> Generator[None]:
     """A block that notices writes to what is bound; in a compiled one nothing is."""
     if binding is None:
         yield
@@ -44,7 +32,7 @@ def to_raw(shell: Shell, binding: Binding | None) -> Generator[None]:
         _write(shell, written)
 
 
-def _write(shell: Shell, values: Mapping[str, Any]) -> None:
+def _write(shell: Parametrized, values: Mapping[str, Any]) -> None:
     """Set raw and state to the right inverse of some values, all of them or none."""
     p = shell.parametrization
     entries = {entry.name: entry for entry in p.entries}
