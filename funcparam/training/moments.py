@@ -63,7 +63,7 @@ def carried_squares(
     largest = torch.where(seen > 0, mean.square() / seen, 0).amax()
     if largest == 0:
         return squares
-    scaled = seen * (new.square().sum() / mean.square().sum())
+    scaled = seen * (new.norm() / mean.norm()).square()
     raised = torch.maximum(scaled, new.square() / largest)
     return torch.view_as_complex(raised) if squares.is_complex() else raised
 

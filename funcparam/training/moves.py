@@ -267,7 +267,8 @@ def _fresh(tensor: Tensor, trains: bool) -> Tensor:  # noqa: FBT001
 
 
 def _whole(views: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(views).reshape(like.shape)
+    one = views[0] if len(views) == 1 else torch.stack(views)
+    return one.reshape(like.shape)
 
 
 def _none_of(tensor: Tensor) -> Tensor:

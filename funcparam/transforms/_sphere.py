@@ -97,8 +97,11 @@ class UnitNorm(Transform[Tensor]):
         self, raw: Tensor, state: State, new_raw: Tensor, new_state: State, covector: Tensor
     ) -> Tensor:
         """Gradients are along the sphere, and as long as raw is short."""
-        old, new = norms(raw, self._dims(raw)), norms(new_raw, self._dims(raw))
-        return self.tangent(new_raw, covector * (old / torch.where(old == 0, 1, new)), new_state)
+        dims = self._dims(raw)
+        length, radius = norms(raw, dims), state["radius"] if self.radius is None else self.radius
+        moved = covector * torch.where(length == 0, 1, length / radius)
+        along = (new_raw.conj() * moved).real.sum(dims, keepdim=True) / radius**2
+        return torch.addcmul(moved, new_raw, along.to(new_raw.dtype), value=-1)
 
     def project(self, value: Tensor, state: State) -> Tensor:
         return self.forward(value, state)
