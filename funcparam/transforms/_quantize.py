@@ -154,7 +154,8 @@ class FakeQuantize(Transform[Tensor]):
         dim: the dimension that has its own scale for each index, 0 for PyTorch's per-channel
             scheme; None: one for the whole tensor. Negative ones count from the end.
         group_size: how many neighbours along the last dimension, the inputs of a Linear, share a
-            scale; 32 and 128 are usual for 4 bits. None: there are no groups.
+            scale; 32 and 128 are usual for 4 bits, where `"full"` and `"affine"` are torchao's
+            symmetric and asymmetric int4. None: there are no groups.
 
     Raises:
         ValueError: `bits` is not from 2 to 8, `scheme` is none of the three, or there are `dim` and

@@ -39,7 +39,7 @@ from funcparam.transforms import (
     Sum,
     UnitNorm,
 )
-from tests.transforms.test_peers import adapted, convolution, linear
+from tests.transforms.test_peers import adapted, assert_merged, convolution, linear
 
 DOCS = Path(__file__).parents[2] / "docs" / "adapters.md"
 RECIPES: dict = {}
@@ -47,17 +47,6 @@ exec(re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1], RECIPES)
 
 close = torch.testing.assert_close
 LAYERS = pytest.mark.parametrize("make", [linear, convolution])
-
-
-def merged(adapter):
-    """The weight that peft merges to."""
-    adapter.merge()
-    return adapter.get_base_layer().weight.detach()
-
-
-def compare(adapter, value):
-    weight = merged(adapter)
-    close(weight, value.detach(), rtol=1e-5, atol=1e-6 * weight.abs().max().item())
 
 
 def start(transform, weight):
@@ -91,7 +80,7 @@ def test_lora_starts(init, scale):
     with torch.no_grad():
         A += 0.1
         B -= 0.1
-    compare(adapter, transform.forward({"A": A, "B": B}, state))
+    assert_merged(adapter, transform.forward({"A": A, "B": B}, state))
 
 
 def test_lora_starts_are_drawn_as_in_peft():
@@ -121,7 +110,7 @@ def test_lokr(make):
         kernel = Chain(*transform.parts[1].parts, Reshape((-1,), (-1, *W.shape[2:])))
         transform = Sum(Frozen(), kernel)
     _, state = start(transform, W)
-    compare(adapter, transform.forward({"1.A": w1, "1.B": w2.flatten(1)}, state))
+    assert_merged(adapter, transform.forward({"1.A": w1, "1.B": w2.flatten(1)}, state))
 
 
 def test_lokr_of_low_rank():
@@ -133,7 +122,7 @@ def test_lokr_of_low_rank():
     )
     transform = RECIPES["lokr"](tuple(w1.shape), 3 / 2, rank=2)
     _, state = start(transform, W)
-    compare(adapter, transform.forward({"1.A": w1, "1.B.B": a, "1.B.A": b}, state))
+    assert_merged(adapter, transform.forward({"1.A": w1, "1.B.B": a, "1.B.A": b}, state))
 
 
 def test_lora_xs():
@@ -149,25 +138,30 @@ def test_lora_xs():
     close(value, W + state["0.0.value"] @ R @ state["0.2.value"])
 
 
-def test_psoft():
+@pytest.mark.parametrize("start_of_factors", ["psoft_init", "pissa_init"])
+@pytest.mark.parametrize("vectors", [True, False])
+def test_psoft(start_of_factors, vectors):
     layer = linear()
     W = weight_of(layer)
     config = PsoftConfig(
         r=2,
         psoft_alpha=2,
         target_modules=["0"],
-        ab_svd_init="pissa_init",
-        psoft_mag_a=False,
-        psoft_mag_b=False,
+        ab_svd_init=start_of_factors,
+        psoft_mag_a=vectors,
+        psoft_mag_b=vectors,
     )
     adapter = adapted(layer, config)
     rotation = adapter.psoft_R["default"]
     transform = RECIPES["psoft"](2)
-    _, state = start(transform, W)
+    raw, state = start(transform, W)
+    close(raw["0.1"], torch.ones(2))
     A, B = adapter._get_psoft_ab_cache_buffers("default")
-    state |= {"0.0.value": B, "0.2.value": A}  # the signs of singular vectors
-    skew = 2 * rotation._skew_symmetric().detach().tril()
-    compare(adapter, transform.forward({"0.1": skew}, state))
+    state |= {"0.0.value": B, "0.4.value": A}  # the signs of singular vectors, and who has them
+    raw["0.2"] = 2 * rotation._skew_symmetric().detach().tril()
+    if vectors:
+        raw |= {"0.1": rotation.vector_b.detach(), "0.3": rotation.vector_a.detach()}
+    assert_merged(adapter, transform.forward(raw, state))
 
 
 @pytest.mark.parametrize("make", [linear, convolution])
@@ -183,7 +177,7 @@ def test_hira(make):
     matrix = W.flatten(1)
     _, state = start(transform, matrix)
     value = transform.forward({"1.A": A.flatten(1), "1.B": B.flatten(1)}, state)
-    compare(adapter, value.reshape(W.shape))
+    assert_merged(adapter, value.reshape(W.shape))
 
 
 def test_c3a():
@@ -194,7 +188,7 @@ def test_c3a():
     _, state = start(transform, W)
     kernel = adapter.c3a_kernel["default"].detach()
     turned = kernel[..., -torch.arange(2) % 2]  # peft turns the other way round
-    compare(adapter, transform.forward({"1": turned}, state))
+    assert_merged(adapter, transform.forward({"1": turned}, state))
 
 
 def test_shira():
@@ -210,7 +204,7 @@ def test_shira():
     delta[rows, columns] = adapter.shira_weight["default"].detach()
     state |= {"1.mask": delta != 0}
     with torch.sparse.check_sparse_tensor_invariants():  # it warns where nobody has asked for them
-        compare(adapter, transform.forward({"1": delta[delta != 0]}, state))
+        assert_merged(adapter, transform.forward({"1": delta[delta != 0]}, state))
 
 
 def test_fourierft():
@@ -224,7 +218,7 @@ def test_fourierft():
     dense = torch.zeros_like(W)
     dense[rows, columns] = adapter.fourierft_spectrum["default"].detach()
     state |= {"1.0.mask": dense != 0}
-    compare(adapter, transform.forward({"1": dense[dense != 0]}, state))
+    assert_merged(adapter, transform.forward({"1": dense[dense != 0]}, state))
 
 
 @LAYERS
@@ -235,7 +229,7 @@ def test_hra(make):
     transform = HRA(4)
     raw, state = start(transform, W)
     close(raw[:, ::2], raw[:, 1::2])
-    compare(adapter, transform.forward(adapter.hra_u["default"], state))
+    assert_merged(adapter, transform.forward(adapter.hra_u["default"], state))
 
 
 @LAYERS
@@ -261,7 +255,7 @@ def test_boft(make, size, factors, monkeypatch):
     X = adapter.boft_R["default"].detach()
     _, state = start(BOFT(size, factors), W)
     raw = {"R": -(X - X.mT), "s": adapter.boft_s["default"].detach().flatten()}
-    compare(adapter, BOFT(size, factors).forward(raw, state))
+    assert_merged(adapter, BOFT(size, factors).forward(raw, state))
 
 
 def test_delora():
@@ -275,7 +269,7 @@ def test_delora():
         "B": adapter.delora_B["default"],
         "lambda": adapter.delora_lambda["default"].squeeze(),
     }
-    compare(adapter, DeLoRA(2).forward(raw, state))
+    assert_merged(adapter, DeLoRA(2).forward(raw, state))
 
 
 @pytest.mark.parametrize("sides", [(6, 5), (5, 6), (4, 4)])
@@ -294,7 +288,7 @@ def test_randlora(sides):
         "lambda": adapter.randlora_lambda["default"].T,
         "gamma": adapter.randlora_gamma["default"],
     }
-    compare(adapter, transform.forward(raw, state))
+    assert_merged(adapter, transform.forward(raw, state))
 
 
 def test_stiefel_lora():
