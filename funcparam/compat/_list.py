@@ -34,7 +34,7 @@ class ParametrizationList(nn.ModuleList):
         ntensors: int
         raw_names: tuple[str, ...]
         shared: bool  # whether the list of another module has the same raw tensors
-        before: str | None  # which of several raw tensors was there before
+        before: str  # which of several raw tensors was there before; empty if none was
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ParametrizationList(nn.ModuleList):
             raise ValueError("ParametrizationList requires one or more modules.")
         super().__init__([as_module(module) for module in modules])
         # past nn.Module.__setattr__, which takes most of the time of a registration
-        vars(self).update(unsafe=unsafe, before=None, shared=False)
+        vars(self).update(unsafe=unsafe, before="", shared=False)
         shape, dtype = original.shape, original.dtype
         raw = self._raw_for(original)
         is_tensor = isinstance(raw, Tensor)
@@ -92,21 +92,18 @@ class ParametrizationList(nn.ModuleList):
     def _hold_many(self, original: Tensor, raw: Sequence[Any]) -> None:
         for i, element in enumerate(raw):
             name = f"original{i}"
-            if _private.is_opaque(element):
-                if not _private.is_opaque_reference(element):
-                    raise ValueError(
-                        "'right_inverse' must return a Tensor or a reference-type opaque. "
-                        f"Got element {i} of the sequence with type {type(element).__name__}."
-                    )
-                setattr(self, name, element)
-            elif isinstance(element, Tensor):
+            if isinstance(element, Tensor):
                 register(self, name, like(original, element))
                 if element is original:
                     self.before = name
+            elif _private.is_opaque_reference(element):
+                setattr(self, name, element)
             else:
+                kind = "Tensor or a Sequence of tensors (list, tuple...)"
+                if _private.is_opaque(element):
+                    kind = "Tensor or a reference-type opaque"
                 raise ValueError(
-                    "'right_inverse' must return a Tensor or a Sequence of tensors "
-                    "(list, tuple...). "
+                    f"'right_inverse' must return a {kind}. "
                     f"Got element {i} of the sequence with type {type(element).__name__}."
                 )
 

@@ -40,7 +40,8 @@ class _Orthogonal(_private.TorchOrthogonal):
     @_private.unscripted
     def forward(self, X: Tensor) -> Tensor:
         """Map raw to an orthogonal matrix."""
-        raw, state = whole(X), dict[str, Tensor]()
+        raw: Tensor = whole(X)
+        state: dict[str, Tensor] = {}
         base = getattr(self, "base", None)
         if base is not None:  # in a chain there is none until it is assigned to
             state["base"] = base

@@ -228,39 +228,37 @@ def _plain_tensor(
     keep_value: bool,  # noqa: FBT001
 ) -> Tensor:
     """What becomes of a tensor when its parametrizations go."""
-    if not held.is_tensor:
-        if not keep_value:
+    if not keep_value:
+        if not held.is_tensor:
             raise ValueError(
                 "Cannot leave unparametrized (`leave_parametrized=False`) a tensor "
                 "that is parametrized in terms of a sequence of tensors."
             )
-        return _from_several(held, getattr(module, name))
-    original = held.original
-    if keep_value:
-        with torch.no_grad():
-            value = getattr(module, name)
-            if getattr(held, "shared", False):  # raw stays what it is to the other module
-                return like(original, value.clone())
-            _fill(original, value)
+        return held.original
+    with torch.no_grad():
+        value = getattr(module, name)
+        if not held.is_tensor:
+            return _from_several(held, value.detach())
+        original = held.original
+        if getattr(held, "shared", False):  # raw stays what it is to the other module
+            return like(original, value.clone())
+        _fill(original, value)
     return original
 
 
 def _from_several(held: ParametrizationList, value: Tensor) -> Tensor:
     """A parameter with the value: the one that was there before, if it is one of raw."""
-    raws = _private.tables(held)[0].values()
-    value = value.detach()
+    raws = _private.tables(held)[0]
     if not raws:
         return value
-    if not any(parameter.requires_grad for parameter in raws):
+    if not any(raw.requires_grad for raw in raws.values()):
         return nn.Parameter(value, requires_grad=False)
-    before = getattr(held, "before", None)
-    raw = None if before is None else getattr(held, before)
+    before: Any = raws.get(getattr(held, "before", ""))
     swap = torch.__future__.get_swap_module_params_on_conversion()
-    if swap or getattr(held, "shared", False) or not _can_hold(raw, value):
+    if swap or getattr(held, "shared", False) or not _can_hold(before, value):
         return nn.Parameter(value)
-    with torch.no_grad():
-        put(cast("Tensor", raw), value)
-    return cast("Tensor", raw)
+    put(before, value)
+    return before
 
 
 def _can_hold(raw: Tensor | None, value: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import ceil, inf, log2, sqrt
 
 import torch
 from torch import Tensor
@@ -39,13 +39,13 @@ def skew_exp(A: Tensor) -> Tensor:
     if A.numel() == 0:
         return A + identity
     A2 = A @ A
-    halvings = _halvings(A2.detach())
+    size = _size(A2.detach())
     if reads_cheaply(A):
-        most = torch.func.debug_unwrap(halvings).amax()
-        squarings = int(torch.nan_to_num(most, posinf=0))
+        most = float(torch.func.debug_unwrap(size).amax())
+        squarings = ceil(log2(most) / 2) if 1 < most < inf else 0  # NaN shows without any
     else:
         squarings = 16 if _is_single(A) else 20
-        identity = torch.where(halvings > squarings, torch.nan, identity)
+        identity = torch.where(size > 4.0**squarings, torch.nan, identity)
     power, twice = _taylor(A, A2, 2.0**-squarings), 2 * identity
     for i in range(squarings):
         if i and i % _CORRECTED_EVERY == 0:
@@ -67,15 +67,15 @@ def _taylor(A: Tensor, A2: Tensor, t: float) -> Tensor:
     return torch.add(low, left, alpha=_X4) + left @ right
 
 
-def _halvings(A2: Tensor) -> Tensor:
-    """How often A is to be halved for the polynomial to be exact to rounding, as (..., 1, 1).
+def _size(A2: Tensor) -> Tensor:
+    """A bound of A^2, as (..., 1, 1), in units of what the polynomial is exact for to rounding.
 
     A^2 is Hermitian, so its largest row sum bounds its eigenvalues, more tightly than a norm of A
-    bounds those of A. NaN and infinity need no squaring to show.
+    bounds those of A.
     """
     bound = 0.58 if _is_single(A2) else 0.05
     rows: Tensor = linalg.vector_norm(A2, 1, dim=-1, keepdim=True)
-    return ((rows.amax(-2, keepdim=True) / bound**2).log2() / 2).ceil().clamp_min(0)
+    return rows.amax(-2, keepdim=True) / bound**2
 
 
 def _is_single(A: Tensor) -> bool:
