@@ -149,6 +149,11 @@ def one_of_two():
     register(net.encoder, Symmetric())
 
 
+def optimizer_of(names, **options):
+    tree = {name: ONE.clone() for name in names}
+    return fp.groups(tree, fp.parametrize(tree, []), **options).optimizer()
+
+
 def moved_by_adagrad():
     p = fp.parametrize(NET, {"weight": fp.transforms.UnitNorm(dim=None)})
     raw, state = p.init(NET)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
+from math import inf
+from numbers import Real
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from torch import Tensor, nn
@@ -13,13 +14,15 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.optim import AdamW, Muon
 
 from funcparam.parametrization.boundary import Entry, RawTree
-from funcparam.parametrization.names import closest
+from funcparam.parametrization.names import closest, inside
 from funcparam.parametrization.parametrization import Parametrization
+from funcparam.parametrization.part import fitting
 from funcparam.parametrization.table import Table, Tabular
 from funcparam.parametrization.tree import Leaf, flatten
+from funcparam.training.arguments import expect_parametrization
 from funcparam.training.named import Part, parts
 from funcparam.training.together import Group, MakeOptimizer, Together, as_matrices
-from funcparam.transforms.contract.signature import TensorSpec
+from funcparam.transforms.contract.signature import TensorSpec, describe
 
 Kind: TypeAlias = Literal[
     "matrix",
@@ -55,6 +58,11 @@ class Member:
         return self.kind in _ORTHOGONALIZED and self.batch is not None
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether it waits for `requires_grad_()`."""
+        return not self.tensor.requires_grad
+
+    @property
     def decays(self) -> bool:
         """Whether weight decay has a meaning for it."""
         return self.kind in _DECAYING
@@ -69,8 +77,11 @@ class Groups(Tabular):
     """
 
     members: tuple[Member, ...]
-    frozen: tuple[str, ...]
-    """What is left out since its weight is frozen in the network."""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """What requires no gradients, so that an optimizer passes over it."""
+        return tuple(member.name for member in self.members if member.is_frozen)
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self.members)
@@ -118,13 +129,17 @@ class Groups(Tabular):
         `torch.optim.Muon` does, gets them too: it steps views of raw.
 
         The result is a `torch.optim.Optimizer`: schedulers, `GradScaler` and hooks take it, and its
-        `state_dict` loads into the one that the same call makes later. Its `param_groups` are
-        those of both; a scheduler that sets one learning rate for all sets it for both.
+        `state_dict` loads, by names, into the one that the same call makes later. Its
+        `param_groups` are those of both; a scheduler that sets one learning rate for all sets it
+        for both. Its `state[tensor]` is what the optimizer keeps; of a tensor that is stepped by
+        views a dict of that for each, under `"0"`, `"1"`, and so on.
 
         Args:
             matrices: makes the optimizer of matrices from a list of parameter groups; None is
-                `torch.optim.Muon` with a learning rate of 1e-3 in the scale of AdamW's.
-            rest: likewise for all the rest; None is `torch.optim.AdamW` with 1e-3.
+                `torch.optim.Muon` with a learning rate of 1e-3 in the scale of AdamW's, and
+                PyTorch's weight decay, 0.1.
+            rest: likewise for all the rest; None is `torch.optim.AdamW` with 1e-3, and PyTorch's
+                weight decay, 0.01, where decay has a meaning.
 
         Raises:
             ValueError: an optimizer cannot take a tensor's shape; a matrix is not contiguous, so
@@ -159,10 +174,15 @@ class Groups(Tabular):
     def _table(self) -> Table:
         head = ("raw", "kind", "matrices", "decay", "lr")
         rows = [
-            (m.name, m.kind, _matrices(m), "yes" if m.decays else "", f"x {m.lr_scale:g}")
+            (
+                m.name,
+                m.kind,
+                _matrices(m),
+                "yes" if m.decays else "",
+                "frozen" if m.is_frozen else f"x {m.lr_scale:g}",
+            )
             for m in self.members
         ]
-        rows += [(name, "frozen", "", "", "") for name in self.frozen]
         return Table(head, tuple(rows))
 
 
@@ -182,7 +202,8 @@ def groups(
 
     * `"matrix"`, `"embedding"`, `"vector"`: the weight itself, or nearly so. With `net`, the weight
       of an `nn.Embedding` is an embedding;
-    * `"direction"`: its length has no effect (`WeightNorm`, `SpectralNorm`, `UnitNorm`);
+    * `"direction"`: its length has no effect (`WeightNorm`, `SpectralNorm`, `UnitNorm`). That of an
+      embedding is no matrix;
     * `"magnitude"`: a gain or a scale;
     * `"factor"`: of low rank, as the two of `LoRA` are;
     * `"coordinates"`: 0 has no special meaning (`Positive`, `Interval`, `Simplex`);
@@ -192,8 +213,11 @@ def groups(
     orthogonalizes. [`Groups.optimizer`][funcparam.Groups.optimizer] makes one optimizer of two, and
     [`Groups.param_groups`][funcparam.Groups.param_groups] plain groups for any other.
 
-    Each tensor is made to require gradients, but for those of weights that are frozen in `net`,
-    which are left out; raw of an adapter is trained although its weight is frozen.
+    Raw that `p.init` made is made to require gradients, but for that of weights that are frozen in
+    `net`; raw of an adapter is trained although its weight is frozen. Where some of raw requires
+    gradients already, and in a module, what does not is frozen, and stays so here; new raw that is
+    joined to it goes through `fp.trainable` first. Frozen tensors are in the groups, too: an
+    optimizer passes over them until `tensor.requires_grad_()` unfreezes them.
 
     Args:
         raw: the first of what `p.init` or `model.raw_and_state()` returns; a stack of them, too.
@@ -201,15 +225,19 @@ def groups(
         net: the network, which knows what no rule tells: which weights are frozen, which are
             embeddings, and which kernels. Without it, weights of more than two dimensions are
             nobody's matrices, and complex ones never are.
-        kinds: other kinds, by name or glob: `{"head.weight": "embedding"}`.
+        kinds: other kinds, by name or glob: `{"head.weight": "embedding"}`. `"vector"` is what is
+            neither orthogonalized nor decays.
         batch: how many leading dimensions count matrices, by name or glob: `{"experts.*": 1}` for
             a weight `(experts, out, in)`, 0 for a kernel `(out, in, height, width)`.
         lr_scale: multipliers of the learning rate, by name, glob or kind: `{"*.B": 16.0}` is LoRA+
-            (arXiv 2402.12354). The first that matches counts.
+            (arXiv 2402.12354).
+
+    In each of these mappings the first that matches counts, and a tied weight has all of its names.
 
     Raises:
-        ValueError: raw is not p's; a name or glob matches nothing; a kind is unknown.
-        TypeError: something in raw is not a tensor.
+        ValueError: raw is not p's; a name or glob matches nothing, or nothing that is left; a kind
+            is unknown; a multiplier is negative or not finite.
+        TypeError: something in raw is not a tensor; a multiplier is not a number.
 
     Example:
         >>> import torch, funcparam as fp
@@ -226,30 +254,42 @@ def groups(
         1.weight            relative                    x 1
         1.bias              vector                      x 1
     """
+    expect_parametrization(p, "fp.groups(raw, p, net)")
     entries = {entry.name: entry for entry in p.entries}
     found = [*parts(raw)]
     _expect_raw_of(entries, found)
     leaves = {} if net is None else {name: x for x in flatten(net)[0] for name in x.names}
     about = {x.name: (x, entries[x.weight], leaves.get(x.weight)) for x in found}
-    frozen = tuple(name for name, known in about.items() if _is_frozen(*known))
-    for name in frozen:
-        del about[name]
+    names = {name: _names(known[0], known[1]) for name, known in about.items()}
     kind_of: dict[str, Kind] = {name: _kind(*known) for name, known in about.items()}
-    kind_of |= _expect_kinds(_picked(kinds, "kinds", kind_of))
-    counted, scales = _picked(batch, "batch", kind_of), _picked(lr_scale, "lr_scale", kind_of)
+    kind_of |= _expect_kinds(_picked(kinds, "kinds", names, kind_of))
+    counted = _picked(batch, "batch", names, kind_of)
+    scales = _picked(_expect_multipliers(lr_scale or {}), "lr_scale", names, kind_of)
     members = tuple(
         Member(
             name,
             known[0].tensor,
             kind_of[name],
-            _batch(*known, counted.get(name)),
+            _batch(*known, counted.get(name), kind_of[name]),
             scales.get(name, 1.0),
         )
         for name, known in about.items()
     )
-    for member in members:
-        member.tensor.requires_grad_()
-    return Groups(members, frozen)
+    if not any(x.tensor.requires_grad or isinstance(x.tensor, nn.Parameter) for x in found):
+        for known in about.values():  # raw that p.init made
+            known[0].tensor.requires_grad_(_trains(*known))
+    return Groups(members)
+
+
+def _expect_multipliers(chosen: Mapping[str, float]) -> Mapping[str, float]:
+    for name, scale in chosen.items():
+        if not isinstance(scale, Real):
+            raise TypeError(f"lr_scale: {name!r}: expected a number; got {describe(scale)}")
+        if not 0 <= scale < inf:
+            raise ValueError(
+                f"lr_scale: {name!r}: expected a finite number that is not negative; got {scale}"
+            )
+    return chosen
 
 
 def _expect_kinds(chosen: dict[str, Kind]) -> dict[str, Kind]:
@@ -287,11 +327,15 @@ def _trained_in(entry: Entry) -> Iterator[str]:
             yield f"{entry.name}.{key}" if key else entry.name
 
 
-def _is_frozen(part: Part, entry: Entry, leaf: Leaf | None) -> bool:
-    if isinstance(part.tensor, nn.Parameter):  # a shell's raw
-        return not part.tensor.requires_grad
+def _trains(part: Part, entry: Entry, leaf: Leaf | None) -> bool:
+    """Whether the network trains its weight, or an adapter does in its place."""
     adapts = entry.transform is not None and entry.transform.adapts(part.key)
-    return leaf is not None and not adapts and not leaf.tensor.requires_grad
+    return leaf is None or adapts or leaf.tensor.requires_grad
+
+
+def _names(part: Part, entry: Entry) -> tuple[str, ...]:
+    """The names of a tensor by each of those of its weight."""
+    return tuple(Part(name, part.key, part.tensor).name for name in entry.names)
 
 
 def _kind(part: Part, entry: Entry, leaf: Leaf | None) -> Kind:
@@ -300,24 +344,30 @@ def _kind(part: Part, entry: Entry, leaf: Leaf | None) -> Kind:
         return role
     if len(_spec(part, entry).shape) < 2:
         return "vector"
-    owners = leaf.owners if leaf else ()
-    return "embedding" if any(isinstance(o, nn.Embedding) for o, _ in owners) else "matrix"
+    return "embedding" if _is_in(leaf, nn.Embedding, nn.EmbeddingBag) else "matrix"
 
 
-def _batch(part: Part, entry: Entry, leaf: Leaf | None, given: int | None) -> int | None:
+def _is_in(leaf: Leaf | None, *kinds: type[nn.Module]) -> bool:
+    return leaf is not None and any(isinstance(owner, kinds) for owner, _ in leaf.owners)
+
+
+def _batch(
+    part: Part, entry: Entry, leaf: Leaf | None, given: int | None, kind: Kind
+) -> int | None:
     """How many dimensions count matrices, those of a stack of raws included."""
     spec = _spec(part, entry)
     stacked = part.tensor.ndim - len(spec.shape)
     if given is not None:
-        if not 0 <= given <= len(spec.shape) - 2:
+        if given not in range(len(spec.shape) - 1):
             raise ValueError(
                 f"batch: {part.name!r} has shape {spec.shape}, of which at least two dimensions are"
                 f" the matrix; got {given} that count matrices"
             )
         return given + stacked
-    if len(spec.shape) < 2 or part.tensor.is_complex():
+    rows_of_their_own = kind == "direction" and _is_in(leaf, nn.Embedding, nn.EmbeddingBag)
+    if len(spec.shape) < 2 or part.tensor.is_complex() or rows_of_their_own:
         return None
-    if len(spec.shape) == 2 or (leaf and any(isinstance(o, _ConvNd) for o, _ in leaf.owners)):
+    if len(spec.shape) == 2 or _is_in(leaf, _ConvNd):
         return stacked
     is_own_shape = spec.shape != entry.signature.value.shape  # blocks that the transform made
     return len(spec.shape) - 2 + stacked if leaf or is_own_shape else None
@@ -328,15 +378,40 @@ def _spec(part: Part, entry: Entry) -> TensorSpec:
     return raw if isinstance(raw, TensorSpec) else dict(raw)[part.key]
 
 
-def _picked(chosen: Mapping[str, T] | None, what: str, kinds: Mapping[str, Kind]) -> dict[str, T]:
+def _picked(
+    chosen: Mapping[str, T] | None,
+    what: str,
+    names: Mapping[str, tuple[str, ...]],
+    kinds: Mapping[str, Kind],
+) -> dict[str, T]:
     """The choice for each name that one is made for, by name, glob or kind; the first counts."""
     found: dict[str, T] = {}
+    by: dict[str, str] = {}
     for selector, choice in (chosen or {}).items():
-        names = [n for n, kind in kinds.items() if fnmatchcase(n, selector) or kind == selector]
-        if not names:
-            raise ValueError(f"{what}: {selector!r} matches nothing; {closest(selector, [*kinds])}")
-        found = {**dict.fromkeys(names, choice), **found}
+        own = [n for n in names if fitting([selector], names[n]) or kinds[n] == selector]
+        if not own:
+            raise ValueError(_nothing(selector, what, names, kinds))
+        if all(name in found for name in own):
+            raise ValueError(
+                f"{what}: {selector!r} never applies: {by[own[0]]!r} before it takes {own[0]!r} and"
+                " whatever else it matches. Put the narrower one first"
+            )
+        left = [name for name in own if name not in found]
+        found |= dict.fromkeys(left, choice)
+        by |= dict.fromkeys(left, selector)
     return found
+
+
+def _nothing(
+    selector: str,
+    what: str,
+    names: Mapping[str, tuple[str, ...]],
+    kinds: Mapping[str, Kind],
+) -> str:
+    every = [name for each in names.values() for name in each]
+    near = inside(selector, every) or closest(selector, every)
+    here = ", ".join(repr(kind) for kind in _KINDS if kind in kinds.values())
+    return f"{what}: {selector!r} matches nothing; {near}, and the kinds are {here}"
 
 
 def _alike(members: Sequence[Member]) -> list[list[Member]]:

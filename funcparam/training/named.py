@@ -53,8 +53,8 @@ def trainable(raw: RawTree) -> list[Tensor]:
     """List the tensors of raw for an optimizer, each made to require gradients.
 
     They are raw's own tensors, in its order: an optimizer's steps change raw in place. Integers,
-    which cannot be trained, are left out; weights that were frozen in the network are not:
-    [`fp.groups`][funcparam.groups] leaves them out, as does a rule with `Frozen()`.
+    which cannot be trained, are left out; weights that were frozen, in the network or in raw, are
+    not: [`fp.groups`][funcparam.groups] leaves them frozen, as does a rule with `Frozen()`.
     `raw, state = p.init(...)` makes raw; a part of it makes a group of parameters, or trains that
     part alone: `fp.trainable({name: raw[name] for name in p})` is what has a transform.
 
@@ -99,7 +99,8 @@ def _expect_leaf(tensor: Any, where: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{where}: expected a tensor or a dict of tensors; got {describe(tensor)}."
-            " raw, state = p.init(...) makes it"
+            " raw, state = p.init(net) makes it, and model.raw_and_state() has that of a"
+            " Parametrized"
         )
     if tensor.grad_fn is not None:
         raise ValueError(

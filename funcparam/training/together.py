@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from funcparam.training.loading import matched
+
 MakeOptimizer: TypeAlias = Callable[[list[dict[str, Any]]], Optimizer]
 
 
@@ -36,8 +38,7 @@ class Together(Optimizer):
         for optimizer, groups in self._inner:
             for own, group in zip(optimizer.param_groups, groups, strict=True):
                 own["lr"] = own["lr"] * group.lr_scale
-                named = {"params": [*group.tensors.values()], "names": [*group.tensors]}
-                outer.append({**own, **group.options, **named})
+                outer.append({**own, **group.options, **_told(optimizer, group)})
         super().__init__(outer, {})
         self._made = True
 
@@ -64,9 +65,15 @@ class Together(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` of an optimizer over the same groups returned."""
-        super().load_state_dict(state_dict)
+        """Load what `state_dict` of an optimizer over the same tensors returned, by their names.
+
+        Raises:
+            ValueError: it is of other tensors, shapes or kinds, by other optimizers, or in other
+                groups; the first name that differs is said, and nothing was loaded.
+        """
+        super().load_state_dict(matched(state_dict, self.param_groups))
         for optimizer, groups in self._inner:
+            optimizer.state.clear()
             for group in groups:
                 for tensor, views in zip(group.tensors.values(), group.views, strict=True):
                     own: dict[Any, Any] = self.state.get(tensor, {})
@@ -77,8 +84,9 @@ class Together(Optimizer):
         """Add a group while the optimizer is made; later there is no telling whose it would be."""
         if hasattr(self, "_made"):
             raise NotImplementedError(
-                "add_param_group: the groups are those of fp.groups; make the optimizer anew, and"
-                " load the state_dict of this one"
+                "add_param_group: the groups are those of fp.groups, and complete. What is frozen"
+                " is in them, and trains when it requires gradients; other tensors need an"
+                " optimizer of their own"
             )
         super().add_param_group(param_group)
 
@@ -97,6 +105,16 @@ def as_matrices(name: str, tensor: Tensor, batch: int) -> Tensor:
             f"{name!r}: expected a contiguous tensor, of which matrices are views; got strides"
             f" {tensor.stride()}. Make raw contiguous before the optimizer"
         ) from error
+
+
+def _told(optimizer: Optimizer, group: Group) -> dict[str, Any]:
+    """The tensors of a group, and what tells them from others when they are loaded."""
+    return {
+        "params": [*group.tensors.values()],
+        "names": [*group.tensors],
+        "shapes": [[[*view.shape] for view in views] for views in group.views],
+        "optimizer": type(optimizer).__qualname__,
+    }
 
 
 def _make(make: MakeOptimizer, groups: Sequence[Group]) -> Optimizer:

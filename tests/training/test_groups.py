@@ -14,6 +14,7 @@ from funcparam.transforms import (
     Ball,
     BlockDiagonal,
     Chain,
+    Frozen,
     LoRA,
     Orthogonal,
     Positive,
@@ -142,9 +143,89 @@ def test_frozen_weights_stay_frozen():
     raw, _ = p.init(net)
     groups = fp.groups(raw, p, net)
     assert groups.frozen == ("0.weight.magnitude", "0.weight.direction", "0.bias")
-    assert [m.name for m in groups] == ["1.weight.A", "1.weight.B", "1.bias"]  # an adapter trains
     assert not raw["0.bias"].requires_grad
+    assert raw["1.weight"]["A"].requires_grad  # an adapter trains
     assert repr(groups).count("frozen") == 3
+
+
+FROZEN = ["conv.weight", "experts"]
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_raw_that_is_frozen_stays_so_and_trains_again(as_module):
+    """Frozen after the groups were made, across a resume, and before them, in both forms."""
+    net, p, raw, state = network()
+    if as_module:
+        model = fp.Parametrized(net, p)
+        raw, state = model.raw_and_state()
+    optimizer = fp.groups(raw, p, net).optimizer()
+    step(net, p, raw, state, optimizer)
+    part = p.select(*FROZEN)
+    for tensor in fp.named(part.of(raw)).values():
+        tensor.requires_grad_(False)
+    resumed = copy.deepcopy(raw)
+    groups = fp.groups(resumed, p, net)
+    assert groups.frozen == ("experts", "conv.weight.magnitude", "conv.weight.direction")
+    other = groups.optimizer()
+    other.load_state_dict(optimizer.state_dict())
+    for unfrozen in (False, True):
+        for tensor in fp.named(part.of(resumed)).values():
+            tensor.requires_grad_(unfrozen)
+        before = {n: t.detach().clone() for n, t in fp.named(resumed).items()}
+        step(net, p, resumed, state, other)
+        moved = {n for n, t in fp.named(resumed).items() if not torch.equal(t, before[n])}
+        assert moved == set(before) - (set() if unfrozen else set(fp.named(part.of(resumed))))
+
+
+def test_what_was_frozen_in_the_network_trains_when_it_is_unfrozen():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    p = fp.parametrize(net, {"0.weight": Orthogonal()})
+    model = fp.Parametrized(net, p)
+    raw, _ = p.init(net)
+    optimizers = [fp.groups(r, p, net).optimizer() for r in (raw, model.raw_and_state()[0])]
+    model.net[0].requires_grad_()
+    for tensor in fp.named(p.select("0.*").of(raw)).values():
+        tensor.requires_grad_()
+    for own, optimizer in zip((raw, model.raw_and_state()[0]), optimizers, strict=True):
+        before = own["0.weight"].detach().clone()
+        sum(t.sum() for t in fp.named(own).values()).backward()
+        optimizer.step()
+        assert not torch.equal(own["0.weight"], before)
+        again = fp.groups(own, p, net)  # the network's own flags say nothing any more
+        assert again.frozen == ()
+        again.optimizer().load_state_dict(optimizer.state_dict())
+
+
+def test_the_rows_of_an_embedding_are_not_orthogonalized():
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.bag = nn.Embedding(5, 4), nn.EmbeddingBag(5, 4)
+
+    net = Bags()
+    p = fp.parametrize(net, {"emb.weight": WeightNorm()})
+    raw, _ = p.init(net)
+    found = {m.name: (m.kind, m.is_matrix, m.decays) for m in fp.groups(raw, p, net)}
+    assert found["emb.weight.direction"] == ("direction", False, False)
+    assert found["bag.weight"] == ("embedding", False, True)
+    kinds = {"emb.weight.direction": "matrix", "bag.weight": "vector"}
+    found = {m.name: (m.is_matrix, m.decays) for m in fp.groups(raw, p, net, kinds=kinds)}
+    assert found["emb.weight.direction"] == (True, True)
+    assert found["bag.weight"] == (False, False)
+
+
+def test_a_tie_goes_by_each_of_its_names():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    p = fp.parametrize(net, {"0.weight": WeightNorm()})
+    raw, _ = p.init(net)
+    groups = fp.groups(
+        raw, p, net, lr_scale={"1.weight.magnitude": 3.0}, kinds={"1.weight.dir*": "vector"}
+    )
+    found = {m.name: m for m in groups}
+    assert found["0.weight.magnitude"].lr_scale == 3
+    assert found["0.weight.direction"].kind == "vector"
 
 
 def test_as_by_hand():
@@ -196,6 +277,101 @@ def test_saved_and_resumed():
     step(net, p, other_raw, state, other)
     for name, tensor in fp.named(raw).items():
         assert torch.equal(tensor, fp.named(other_raw)[name]), name
+
+
+def test_a_state_is_loaded_by_names():
+    """Whatever the order of raw is, and over moments that are there already."""
+    net, p, raw, state = network()
+    optimizer = fp.groups(raw, p, net).optimizer()
+    fresh = copy.deepcopy(optimizer.state_dict())
+    step(net, p, raw, state, optimizer)
+    other_raw = {name: copy.deepcopy(raw[name]) for name in reversed(raw)}
+    other = fp.groups(other_raw, p, net).optimizer()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        step(net, p, raw, state, optimizer)
+        step(net, p, {name: other_raw[name] for name in raw}, state, other)
+    for name, tensor in fp.named(raw).items():
+        assert torch.equal(tensor, fp.named(other_raw)[name]), name
+    for group in other.param_groups:
+        for name, tensor in zip(group["names"], group["params"], strict=True):
+            assert tensor is fp.named(other_raw)[name]
+    other.load_state_dict(fresh)
+    anew = fp.groups(other_raw, p, net).optimizer()
+    before = copy.deepcopy(other_raw)
+    step(net, p, {name: other_raw[name] for name in raw}, state, other)
+    after = copy.deepcopy(other_raw)
+    for name, tensor in fp.named(other_raw).items():
+        tensor.detach().copy_(fp.named(before)[name])
+    step(net, p, {name: other_raw[name] for name in raw}, state, anew)
+    for name, tensor in fp.named(after).items():
+        assert torch.equal(tensor, fp.named(other_raw)[name]), name
+
+
+def test_options_that_a_later_version_has_are_its_own():
+    net, p, raw, state = network()
+    optimizer = fp.groups(raw, p, net).optimizer()
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group.pop("maximize", None)
+    optimizer.load_state_dict(saved)
+    step(net, p, raw, state, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("saved", "rules", "options", "message"),
+    [
+        (
+            {"0.weight": Orthogonal()},
+            {"2.weight": Orthogonal()},
+            {},
+            "state_dict: '0.weight' was trained as relative (4, 4) by AdamW, and is here as matrix",
+        ),
+        (
+            {"0.weight": LoRA(2)},
+            {"0.weight": LoRA(3)},
+            {},
+            "state_dict: '0.weight.A' was trained as factor (2, 4) by AdamW, and is here as factor",
+        ),
+        ({"0.weight": LoRA(2)}, {}, {}, "state_dict: missing '0.weight'; the closest names are"),
+        ({}, {"0.weight": LoRA(2)}, {}, "state_dict: missing '0.weight.A'; the closest names are"),
+        (
+            {},
+            {"0.weight": Frozen()},
+            {},
+            "state_dict: '0.weight' is nothing that this optimizer has; the closest names are",
+        ),
+        (
+            {},
+            {},
+            {"lr_scale": {"0.weight": 2.0}},
+            "state_dict: '0.weight' and '2.weight' have one learning rate in only one of the two",
+        ),
+    ],
+)
+def test_a_state_of_other_tensors(saved, rules, options, message):
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
+    there, here = fp.parametrize(net, saved), fp.parametrize(net, rules)
+    old_raw, old_state = there.init(net)
+    old = fp.groups(old_raw, there, net).optimizer()
+    functional_call(net, there(old_raw, old_state), (torch.randn(3, 4),)).sum().backward()
+    old.step()
+    raw, _ = here.init(net)
+    optimizer = fp.groups(raw, here, net, **options).optimizer()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.load_state_dict(old.state_dict())
+    assert optimizer.state_dict() == before
+
+
+def test_a_state_of_another_optimizer():
+    net, p, raw, _ = network()
+    optimizer = fp.groups(raw, p, net).optimizer()
+    with pytest.raises(ValueError, match="state_dict: expected that of an optimizer of fp.groups"):
+        optimizer.load_state_dict(torch.optim.AdamW(fp.trainable(raw)).state_dict())
+    sgd = fp.groups(raw, p, net).optimizer(rest=partial(torch.optim.SGD, momentum=0.9))
+    with pytest.raises(ValueError, match="'emb.weight' was trained as embedding .* by SGD, and"):
+        optimizer.load_state_dict(sgd.state_dict())
 
 
 def test_schedulers_scaler_closure_and_hooks():
@@ -256,12 +432,40 @@ def test_members_of_an_ensemble_are_orthogonalized_one_by_one():
         ),
         ({"batch": {"experts": 2}}, "batch: 'experts' has shape (3, 5, 6), of which at least two"),
         ({"lr_scale": {"magnitudes": 2}}, "lr_scale: 'magnitudes' matches nothing; the closest"),
+        ({"kinds": {"matrices": "vector"}}, "and the kinds are 'matrix', 'embedding', 'vector', "),
+        (
+            {"lr_scale": {"conv.weight": 2}},
+            "lr_scale: 'conv.weight' matches nothing; 'conv.weight.*' matches what is in it, and",
+        ),
+        (
+            {"lr_scale": {"*": 2, "head.weight": 3}},
+            "lr_scale: 'head.weight' never applies: '*' before it takes 'head.weight' and whatever",
+        ),
+        ({"kinds": {"vector": "matrix", "head.bias": "vector"}}, "kinds: 'head.bias' never appl"),
+        ({"lr_scale": {"*": -1}}, "lr_scale: '*': expected a finite number that is not negative"),
+        ({"lr_scale": {"*": float("nan")}}, "expected a finite number that is not negative; got"),
+        ({"lr_scale": {"*": float("inf")}}, "expected a finite number that is not negative; got"),
     ],
 )
 def test_bad_options(options, message):
     net, p, raw, _ = network()
     with pytest.raises(ValueError, match=re.escape(message)):
         fp.groups(raw, p, net, **options)
+    assert not any(tensor.requires_grad for tensor in fp.named(raw).values())
+
+
+def test_what_is_no_number_or_no_parametrization():
+    net, p, raw, _ = network()
+    with pytest.raises(TypeError, match=r"lr_scale: '\*': expected a number; got str"):
+        fp.groups(raw, p, net, lr_scale={"*": "3"})
+    for wrong in (net, {"head.weight": Orthogonal()}):
+        message = r"p: expected a parametrization, in fp.groups\(raw, p, net\); got "
+        with pytest.raises(TypeError, match=message):
+            fp.groups(raw, wrong, net)
+    model = fp.Parametrized(net, p)
+    for call in (fp.named, fp.trainable, partial(fp.groups, p=p)):
+        with pytest.raises(TypeError, match=r"model.raw_and_state\(\) has that of a Parametrized"):
+            call(model)
     assert not any(tensor.requires_grad for tensor in fp.named(raw).values())
 
 
@@ -288,9 +492,9 @@ def test_an_optimizer_that_cannot_take_a_shape_says_so():
     with pytest.raises(ValueError, match="^Invalid learning rate: -1"):
         fp.groups(raw, p, net).optimizer(rest=partial(torch.optim.AdamW, lr=-1))
     optimizer = fp.groups(raw, p, net).optimizer()
-    with pytest.raises(NotImplementedError, match="make the optimizer anew"):
+    with pytest.raises(NotImplementedError, match="What is frozen is in them, and trains when"):
         optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
-    with pytest.raises(NotImplementedError, match="make the optimizer anew"):
+    with pytest.raises(NotImplementedError, match="What is frozen is in them, and trains when"):
         optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
 
 
