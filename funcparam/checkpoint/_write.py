@@ -49,7 +49,8 @@ def write(
         state: likewise.
         buffers: the network, or its buffers by name, as [`read`][funcparam.checkpoint.read] returns
             them. They are neither in raw nor in state: the statistics of a BatchNorm are in the
-            network that was called.
+            network that was called. Of a network its parameters are never taken, which are what it
+            began with; for a part, `p.select(...)`, only the buffers of the part are.
         style: whose keys to use:
 
             * `"funcparam"`: those of [`Parametrized`][funcparam.Parametrized];
@@ -146,7 +147,7 @@ def _others(
 ) -> dict[str, Any]:
     """The buffers, of which none may be left out that the network had."""
     own = {name for entry in p.entries for name in entry.names}
-    given = buffers.state_dict() if isinstance(buffers, nn.Module) else buffers or {}
+    given = _of_network(p, buffers, own) if isinstance(buffers, nn.Module) else buffers or {}
     if not isinstance(given, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"buffers: expected the network, or a dict of its buffers; got {describe(given)}"
@@ -158,6 +159,14 @@ def _others(
             " network that was called, write(p, raw, state, net), or dict(net.named_buffers())"
         )
     return {name: item for name, item in given.items() if name not in own}
+
+
+def _of_network(p: Parametrization[Any], net: nn.Module, own: set[str]) -> dict[str, Any]:
+    """What a network has besides parameters, which raw stands for; of a part what the part has."""
+    parameters = {name for name, _ in net.named_parameters(remove_duplicate=False)}
+    is_part = not parameters <= own
+    others = {name: x for name, x in net.state_dict().items() if name not in parameters}
+    return {name: x for name, x in others.items() if name in p.buffers or not is_part}
 
 
 def _parts(entry: Entry, raw: Any, state: State, style: str) -> dict[str, Tensor]:

@@ -118,3 +118,33 @@ def test_a_parametrization_is_the_same_with_and_without():
     assert hash(bare) == hash(P)
     assert copy.deepcopy(P).buffers == P.buffers == tuple(STATISTICS)
     assert checkpoint.parametrization(checkpoint.write(P, *P.init(net), net)) == P
+
+
+@pytest.mark.parametrize("style", ["funcparam", "torch", "plain"])
+def test_a_part_is_written_without_the_rest_of_the_network(style):
+    """Whose parameters are those that it began with, not the ones that were trained."""
+    net, raw, state, *_ = trained()
+    head, body = P.split("3.*")
+    found = checkpoint.write(head, head.of(raw), head.of(state), net, style=style)
+    assert list(found) == list(checkpoint.write(head, head.of(raw), head.of(state), style=style))
+    found = checkpoint.write(body, body.of(raw), body.of(state), net, style=style)
+    given = dict(net.named_buffers())
+    assert list(found) == list(
+        checkpoint.write(body, body.of(raw), body.of(state), given, style=style)
+    )
+    assert not any("3." in key for key in found)
+
+
+def test_what_else_a_network_keeps_is_written():
+    class Counting(nn.Linear):
+        def get_extra_state(self):
+            return {"seen": torch.tensor(3)}
+
+        def set_extra_state(self, state):
+            pass
+
+    net = Counting(3, 2)
+    p = fp.parametrize(net, {"weight": WeightNorm()})
+    net.register_buffer("later", torch.ones(1))
+    found = checkpoint.write(p, *p.init(nn.Linear(3, 2)), net)
+    assert {"net._extra_state", "net.later"} <= set(found)
