@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from funcparam.transforms.numerics.linalg import linalg
+
 _ORDERS: tuple[tuple[str, int], ...] = (
     ("exp_avg", 1),
     ("momentum_buffer", 1),
@@ -63,7 +65,8 @@ def carried_squares(
     largest = torch.where(seen > 0, mean.square() / seen, 0).amax()
     if largest == 0:
         return squares
-    scaled = seen * (new.norm() / mean.norm()).square()
+    growth: Tensor = linalg.vector_norm(new) / linalg.vector_norm(mean)
+    scaled = seen * growth.square()
     raised = torch.maximum(scaled, new.square() / largest)
     return torch.view_as_complex(raised) if squares.is_complex() else raised
 
