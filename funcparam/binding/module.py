@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,10 @@ from funcparam.transforms.contract.base import Raw, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+Tree: TypeAlias = "tuple[dict[str, Raw], dict[str, State]]"
+"""Raw and state."""
 
 
 class Parametrized(nn.Module):
@@ -161,7 +165,7 @@ class Parametrized(nn.Module):
         if (tracer := fx_tracer(args, kwargs)) is not None:
             path = tracer.path_of_module(self)
             return tracer.create_proxy("call_module", path, args, kwargs)
-        with self._block():
+        with self._block(self._own):
             return self._net(*args, **kwargs)
 
     @contextmanager
@@ -186,11 +190,11 @@ class Parametrized(nn.Module):
             ...     net.weight.sum()
             tensor(6.)
         """
-        with self._block() as binding, to_raw(self, binding):
+        with self._block(lambda: whole(self._own())) as binding, to_raw(self, binding):
             yield self._net
 
     @contextmanager
-    def _block(self) -> Generator[Binding | None]:
+    def _block(self, own: Callable[[], Tree]) -> Generator[Binding | None]:
         if torch.compiler.is_compiling():  # which follows every table, and needs no lock
             with traced(self._traced()):
                 yield None
@@ -198,7 +202,7 @@ class Parametrized(nn.Module):
         slots = hold(self.__dict__.get("_slots") or self._looked_up(), self._looked_up)
         try:
             slots.expect_empty()
-            tensors, reading = self._next()
+            tensors, reading = self._next(*own())
             places = slots.every
             if reading is not None:
                 places = slots.of(self._evaluation.at_once)
@@ -387,18 +391,17 @@ class Parametrized(nn.Module):
     def _net(self) -> nn.Module:
         return cast("nn.Module", self._modules["net"])
 
-    def _own(self) -> tuple[dict[str, Raw], dict[str, State]]:
+    def _own(self) -> Tree:
         """Raw and state of what has a rule."""
         held = cast("dict[str, nn.Module]", self._modules)
         return collect(self._layout, held["raw"], held["state"])
 
-    def _next(self) -> Values:
+    def _next(self, raw: dict[str, Raw], state: dict[str, State]) -> Values:
         """The values of the next call.
 
         They have tensors of their own, which a later update does not write to: several forwards
         may come before one backward, which needs the state of each.
         """
-        raw, state = self._own()
         if not (self.training and self._evolves):
             return self._evaluation.values(raw, state)
         tracing = torch.compiler.is_dynamo_compiling()
@@ -430,7 +433,7 @@ class Parametrized(nn.Module):
         for name, at in found:
             if isinstance(at.read(), nn.Parameter):  # what a block around this put there is none
                 refuse_write(name)
-        tensors = self._next().tensors
+        tensors = self._next(*self._own()).tensors
         return [(tensors[name], at) for name, at in found]
 
 

@@ -121,6 +121,10 @@ def trained_in_blocks(rank, kind):
     half = {name: 0.5 * t if name.endswith("bias") else t for name, t in plain.items()}
     own[0].load_state_dict(half)
     found = {n: t.detach() for n, t in own[0].values().items()}
+    drawn = torch.linspace(-1, 1, 48, dtype=x.dtype).reshape(8, 6)
+    with own[1].bound() as block, torch.no_grad():  # of which every process has all
+        block.one.weight.copy_(drawn)
+    put = own[1].values()["one.weight"]
     return (
         losses / 2,
         detached(before),
@@ -129,6 +133,7 @@ def trained_in_blocks(rank, kind):
         detached(written),
         half,
         found,
+        detached(put),
     )
 
 
@@ -140,7 +145,7 @@ def detached(tree):
 
 @pytest.mark.parametrize("kind", SHELLS)
 def test_shells_of_blocks_on_two_processes_equal_one(kind, results):
-    losses, before, after, told, written, half, found = results[kind]
+    losses, before, after, told, written, half, found, put = results[kind]
     net, x = blocks()
     alone = fp.shells(net, IN_BLOCKS, block=Block)
     torch.testing.assert_close(losses, train(alone, [x] * 3))
@@ -156,6 +161,8 @@ def test_shells_of_blocks_on_two_processes_equal_one(kind, results):
         [dict(w) for w in written], [dict(shell.fold().state_dict()) for shell in own]
     )
     torch.testing.assert_close(found, dict(half), rtol=1e-4, atol=1e-4)  # spectral norms lag
+    drawn = torch.linspace(-1, 1, 48, dtype=x.dtype).reshape(8, 6)
+    torch.testing.assert_close(put, Orthogonal().forward(*Orthogonal().right_inverse(drawn)))
 
 
 @pytest.fixture(scope="module")
