@@ -241,3 +241,26 @@ def test_a_hook_on_a_parametrization_runs_at_each_read(side):
     for _ in range(3):
         _ = layer.weight
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", BOTH)
+def test_a_weight_that_was_zero_is_followed_again_by_compat_alone(name, dtype):
+    layer = BOTH[name][1].spectral_norm(linear(6, 6).to(dtype))
+    raw = layer.parametrizations.weight.original
+    kept = raw.detach().clone()
+    vectors = [buffer.clone() for buffer in layer.parametrizations.weight[0].buffers()]
+    raw.data.zero_()
+    assert bool((layer.weight == 0).all()) == (name == "compat")
+    if name == "compat":
+        assert all(map(torch.equal, layer.parametrizations.weight[0].buffers(), vectors))
+        raw.data.copy_(kept)
+        for _ in range(60):
+            _ = layer.weight
+        assert norm(layer.float()) == pytest.approx(1, abs=0.01)
+
+
+def test_a_large_weight_is_divided_by_its_norm():
+    layer = functions.spectral_norm(linear(6, 6))
+    layer.parametrizations.weight.original.data.mul_(1e25)  # where squares overflow
+    assert norm(layer) == pytest.approx(1, abs=0.1)
