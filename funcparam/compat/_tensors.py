@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,12 +63,13 @@ def put(dest: Tensor, src: Tensor) -> None:
         dest.set_(src)  # pyright: ignore[reportArgumentType]
 
 
-def tree(*modules: nn.Module) -> Iterator[nn.Module]:
+def tree(*modules: nn.Module) -> list[nn.Module]:
     """The modules and all below them; `modules()` takes three times as long."""
-    for module in modules:
-        yield module
-        if below := vars(module)["_modules"]:
-            yield from tree(*(child for child in below.values() if child is not None))
+    found = list(modules)
+    for module in found:  # which grows meanwhile
+        below = vars(module)["_modules"].values()
+        found += [child for child in below if child is not None and child not in found]
+    return found
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def all_or_nothing(modules: Iterable[nn.Module], tensors: Iterable[Tensor] = ())
     """Leave everything as it was if the block fails.
 
     Args:
-        modules: their classes, attributes, hooks and tables, and what is in their buffers.
+        modules: their classes, attributes, tensors and children, and what is in their buffers.
         tensors: what the block may give other data.
     """
     before = [_Snapshot(part) for part in modules]
@@ -108,7 +109,7 @@ class Values:
 @contextmanager
 def state_kept(parts: nn.Module) -> Generator[None]:
     """Put the buffers of `parts` back at the end, as they were."""
-    before = [(part, dict(vars(part)["_buffers"])) for part in parts.modules()]
+    before = [(part, dict(vars(part)["_buffers"])) for part in tree(parts)]
     values = Values(parts.buffers())
     yield
     values.put_back()

@@ -468,3 +468,21 @@ def test_identity_is_kept_when_tensors_are_swapped(swap):
         assert_close(weight.detach(), torch.ones(3, 3))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_a_part_that_holds_the_module_that_it_parametrizes():
+    class Host(nn.Module):
+        def __init__(self, host):
+            super().__init__()
+            self.host = host
+
+        def forward(self, X):
+            return 2 * X
+
+    layer = nn.Linear(2, 2)
+    value = 2 * layer.weight.detach()
+    api.register_parametrization(layer, "weight", Host(layer))
+    with api.cached():
+        assert layer.weight is layer.weight
+    api.remove_parametrizations(layer, "weight")
+    assert torch.equal(layer.weight, value)
