@@ -30,6 +30,11 @@ TITLES = {
     "test_export": "export",
     "test_meta": "meta",
     "test_dtypes": "dtypes",
+    "test_sync": "no waiting",
+    "test_project": "projection",
+    "test_refresh": "refresh",
+    "test_transport": "transport",
+    "test_average": "averages",
 }
 
 
@@ -101,7 +106,8 @@ def main():
         "# The certificate\n\n"
         "Every transform against every law of the contract (see [concepts](concepts.md)): how many"
         " tests passed, over shapes and dtypes. `make certificate` writes this page. A law that a"
-        " transform does not have says why.\n\n"
+        " transform does not have says why. What waits for a device all the same is on"
+        " [another page](devices.md).\n\n"
         f"{total} tests, torch {torch.__version__.split('+')[0]}, optree {optree.__version__}.\n\n"
         + "\n".join(matrix(counting.outcomes))
         + "\n"

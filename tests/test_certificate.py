@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cases import CASES
-from tests.certificate import NOT_RUN, TITLES, cell, title
+from tests.certificate import LAWS, NOT_RUN, TITLES, cell, title
 
 PAGE = Path(__file__).parent.parent / "docs" / "certificate.md"
 HEAD, _, *ROWS = [
@@ -19,6 +19,10 @@ def test_it_has_a_row_for_every_case_and_a_column_for_every_law():
     missing = {f"`{title(case)}`" for case in CASES} - {name for name, *_ in ROWS}
     assert not missing, "`make certificate` writes the page anew"
     assert ["transform", *TITLES.values(), "complex"] == HEAD
+
+
+def test_every_file_of_laws_has_a_column():
+    assert {path.stem for path in LAWS.glob("test_*.py")} == TITLES.keys()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
