@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf
-from numbers import Real
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from torch import Tensor, nn
@@ -14,15 +12,15 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.optim import AdamW, Muon
 
 from funcparam.parametrization.boundary import Entry, RawTree
-from funcparam.parametrization.names import closest, inside
+from funcparam.parametrization.names import closest
 from funcparam.parametrization.parametrization import Parametrization
-from funcparam.parametrization.part import fitting
 from funcparam.parametrization.table import Table, Tabular
 from funcparam.parametrization.tree import Leaf, flatten
 from funcparam.training.arguments import expect_parametrization
+from funcparam.training.choices import expect_multipliers, picked
 from funcparam.training.named import Part, parts
 from funcparam.training.together import Group, MakeOptimizer, Together, as_matrices
-from funcparam.transforms.contract.signature import TensorSpec, describe
+from funcparam.transforms.contract.signature import TensorSpec
 
 Kind: TypeAlias = Literal[
     "matrix",
@@ -219,6 +217,8 @@ def groups(
     joined to it goes through `fp.trainable` first. Frozen tensors are in the groups, too: an
     optimizer passes over them until `tensor.requires_grad_()` unfreezes them.
 
+    Of the choices in a mapping the first that matches counts, by any name of a tied weight.
+
     Args:
         raw: the first of what `p.init` or `model.raw_and_state()` returns; a stack of them, too.
         p: what raw belongs to.
@@ -232,11 +232,9 @@ def groups(
         lr_scale: multipliers of the learning rate, by name, glob or kind: `{"*.B": 16.0}` is LoRA+
             (arXiv 2402.12354).
 
-    In each of these mappings the first that matches counts, and a tied weight has all of its names.
-
     Raises:
-        ValueError: raw is not p's; a name or glob matches nothing, or nothing that is left; a kind
-            is unknown; a multiplier is negative or not finite.
+        ValueError: raw or net is not p's; a name or glob matches nothing, or nothing that is left;
+            a kind is unknown; a multiplier is negative or not finite.
         TypeError: something in raw is not a tensor; a multiplier is not a number.
 
     Example:
@@ -258,13 +256,13 @@ def groups(
     entries = {entry.name: entry for entry in p.entries}
     found = [*parts(raw)]
     _expect_raw_of(entries, found)
-    leaves = {} if net is None else {name: x for x in flatten(net)[0] for name in x.names}
+    leaves = _leaves(net, found)
     about = {x.name: (x, entries[x.weight], leaves.get(x.weight)) for x in found}
     names = {name: _names(known[0], known[1]) for name, known in about.items()}
     kind_of: dict[str, Kind] = {name: _kind(*known) for name, known in about.items()}
-    kind_of |= _expect_kinds(_picked(kinds, "kinds", names, kind_of))
-    counted = _picked(batch, "batch", names, kind_of)
-    scales = _picked(_expect_multipliers(lr_scale or {}), "lr_scale", names, kind_of)
+    kind_of |= _expect_kinds(picked(kinds, "kinds", names, kind_of))
+    counted = picked(batch, "batch", names, kind_of)
+    scales = picked(expect_multipliers(lr_scale or {}), "lr_scale", names, kind_of)
     members = tuple(
         Member(
             name,
@@ -281,15 +279,17 @@ def groups(
     return Groups(members)
 
 
-def _expect_multipliers(chosen: Mapping[str, float]) -> Mapping[str, float]:
-    for name, scale in chosen.items():
-        if not isinstance(scale, Real):
-            raise TypeError(f"lr_scale: {name!r}: expected a number; got {describe(scale)}")
-        if not 0 <= scale < inf:
+def _leaves(net: nn.Module | None, found: list[Part]) -> dict[str, Leaf]:
+    if net is None:
+        return {}
+    leaves = {name: leaf for leaf in flatten(net)[0] for name in leaf.names}
+    for part in found:
+        if part.weight not in leaves:
             raise ValueError(
-                f"lr_scale: {name!r}: expected a finite number that is not negative; got {scale}"
+                f"net: expected the network that p was made for; it has no {part.weight!r}. That of"
+                " a Parametrized is the one it was made of, or model.fold()"
             )
-    return chosen
+    return leaves
 
 
 def _expect_kinds(chosen: dict[str, Kind]) -> dict[str, Kind]:
@@ -376,42 +376,6 @@ def _batch(
 def _spec(part: Part, entry: Entry) -> TensorSpec:
     raw = entry.signature.raw
     return raw if isinstance(raw, TensorSpec) else dict(raw)[part.key]
-
-
-def _picked(
-    chosen: Mapping[str, T] | None,
-    what: str,
-    names: Mapping[str, tuple[str, ...]],
-    kinds: Mapping[str, Kind],
-) -> dict[str, T]:
-    """The choice for each name that one is made for, by name, glob or kind; the first counts."""
-    found: dict[str, T] = {}
-    by: dict[str, str] = {}
-    for selector, choice in (chosen or {}).items():
-        own = [n for n in names if fitting([selector], names[n]) or kinds[n] == selector]
-        if not own:
-            raise ValueError(_nothing(selector, what, names, kinds))
-        if all(name in found for name in own):
-            raise ValueError(
-                f"{what}: {selector!r} never applies: {by[own[0]]!r} before it takes {own[0]!r} and"
-                " whatever else it matches. Put the narrower one first"
-            )
-        left = [name for name in own if name not in found]
-        found |= dict.fromkeys(left, choice)
-        by |= dict.fromkeys(left, selector)
-    return found
-
-
-def _nothing(
-    selector: str,
-    what: str,
-    names: Mapping[str, tuple[str, ...]],
-    kinds: Mapping[str, Kind],
-) -> str:
-    every = [name for each in names.values() for name in each]
-    near = inside(selector, every) or closest(selector, every)
-    here = ", ".join(repr(kind) for kind in _KINDS if kind in kinds.values())
-    return f"{what}: {selector!r} matches nothing; {near}, and the kinds are {here}"
 
 
 def _alike(members: Sequence[Member]) -> list[list[Member]]:

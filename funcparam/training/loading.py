@@ -50,12 +50,17 @@ def matched(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> di
 
 def _groups_of(saved: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     groups: Sequence[Mapping[str, Any]] = saved.get("param_groups", ())
-    if not groups or not all("names" in group and "shapes" in group for group in groups):
+    if not groups or not all(map(_is_told, groups)):
         raise ValueError(
             "state_dict: expected that of an optimizer of fp.groups, whose groups have names and"
             f" shapes; got {describe(saved)}"
         )
     return groups
+
+
+def _is_told(group: Mapping[str, Any]) -> bool:
+    names, shapes = group.get("names", ()), group.get("shapes", ())
+    return 0 < len(names) == len(shapes) == len(group["params"])
 
 
 def _named(groups: Sequence[Mapping[str, Any]]) -> dict[str, _Trained]:

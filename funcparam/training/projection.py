@@ -33,7 +33,7 @@ class _Weight(NamedTuple):
 class Projected:
     """A parametrization at work behind an optimizer's steps; `remove()` ends it."""
 
-    weights: Mapping[str, Tensor]
+    weights: tuple[str, ...]
     handles: tuple[RemovableHandle, ...]
 
     def remove(self) -> None:
@@ -177,7 +177,7 @@ def relative_steps(optimizer: Optimizer, p: Parametrization[Any], net: nn.Module
     pre, post = optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(scale)
     # The step is the optimizer's own, so it is scaled before any projection follows.
     optimizer._optimizer_step_post_hooks.move_to_end(post.id, last=False)  # pyright: ignore
-    return Projected(weights, (pre, post))
+    return Projected(tuple(weights), (pre, post))
 
 
 def _length(tensor: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def _length(tensor: Tensor) -> Tensor:
 
 
 def _attached(weights: Mapping[str, _Weight], handle: RemovableHandle) -> Projected:
-    return Projected({name: weight.tensor for name, weight in weights.items()}, (handle,))
+    return Projected(tuple(weights), (handle,))
 
 
 def _held(optimizer: Any, p: Any, net: nn.Module, call: str) -> dict[str, Tensor]:

@@ -367,6 +367,11 @@ def test_a_state_of_other_tensors(saved, rules, options, message):
 def test_a_state_of_another_optimizer():
     net, p, raw, _ = network()
     optimizer = fp.groups(raw, p, net).optimizer()
+    for key in ("names", "shapes", "params"):
+        broken = copy.deepcopy(optimizer.state_dict())
+        broken["param_groups"][-1][key].pop()
+        with pytest.raises(ValueError, match="state_dict: expected that of an optimizer of fp.gr"):
+            optimizer.load_state_dict(broken)
     with pytest.raises(ValueError, match="state_dict: expected that of an optimizer of fp.groups"):
         optimizer.load_state_dict(torch.optim.AdamW(fp.trainable(raw)).state_dict())
     sgd = fp.groups(raw, p, net).optimizer(rest=partial(torch.optim.SGD, momentum=0.9))
@@ -432,7 +437,7 @@ def test_members_of_an_ensemble_are_orthogonalized_one_by_one():
         ),
         ({"batch": {"experts": 2}}, "batch: 'experts' has shape (3, 5, 6), of which at least two"),
         ({"lr_scale": {"magnitudes": 2}}, "lr_scale: 'magnitudes' matches nothing; the closest"),
-        ({"kinds": {"matrices": "vector"}}, "and the kinds are 'matrix', 'embedding', 'vector', "),
+        ({"kinds": {"matrices": "vector"}}, "and the kinds are 'matrix', 'embedding', 'magnitude"),
         (
             {"lr_scale": {"conv.weight": 2}},
             "lr_scale: 'conv.weight' matches nothing; 'conv.weight.*' matches what is in it, and",
@@ -463,6 +468,11 @@ def test_what_is_no_number_or_no_parametrization():
         with pytest.raises(TypeError, match=message):
             fp.groups(raw, wrong, net)
     model = fp.Parametrized(net, p)
+    for taken_apart in (model, model.net):  # who would have known no embedding and no kernel
+        with pytest.raises(ValueError, match="net: expected the network that p was made for; it"):
+            fp.groups(model.raw_and_state()[0], p, taken_apart)
+    assert repr(fp.groups(raw, p, model.fold())) == repr(fp.groups(p.init(net)[0], p, net))
+    raw, _ = p.init(net)
     for call in (fp.named, fp.trainable, partial(fp.groups, p=p)):
         with pytest.raises(TypeError, match=r"model.raw_and_state\(\) has that of a Parametrized"):
             call(model)
