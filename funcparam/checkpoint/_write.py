@@ -134,9 +134,9 @@ def written(
     for entry in p.entries:
         found |= _parts(entry, whole(raw[entry.name]), whole(state.get(entry.name, {})), style)
     prefix = "net." if style == "funcparam" else ""
-    found |= {f"{prefix}{name}": whole(tensor) for name, tensor in others.items()}
-    for key, item in found.items():
-        found[key] = item.detach() if isinstance(item, Tensor) else item
+    found |= {f"{prefix}{name}": item for name, item in others.items()}
+    for key, item in found.items():  # what get_extra_state returned may be anything
+        found[key] = whole(item).detach() if isinstance(item, Tensor) else item
     if style != "plain":
         cast("Any", found)._metadata = {"": {KEY: description(p)}}
     return found
