@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from functools import wraps
 from inspect import ismethod
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 
 from funcparam.binding.layers import owner_of
-
-if TYPE_CHECKING:
-    from funcparam.binding.module import Parametrized
+from funcparam.binding.shell import Shell
 
 
-def get(shell: Parametrized, net: nn.Module, name: str) -> Any:
+def get(shell: Shell, net: nn.Module, name: str) -> Any:
     """The network's attribute; its methods run with the values in place."""
     found = getattr(net, name)
     if found is None and _is_ruled(shell, name):
@@ -63,6 +61,6 @@ def _has(module: nn.Module, name: str) -> bool:
     return any(name in table for table in tables) or hasattr(type(module), name)
 
 
-def _is_ruled(shell: Parametrized, name: str) -> bool:
+def _is_ruled(shell: Shell, name: str) -> bool:
     entries = shell.parametrization.entries
     return any(name in entry.names and entry.transform is not None for entry in entries)

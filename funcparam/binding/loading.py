@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from funcparam.binding.dotted import paths
+from funcparam.binding.shell import Shell
 from funcparam.parametrization.parametrization import Parametrization
 from funcparam.parametrization.parametrize import parametrize
 from funcparam.parametrization.sharding import sharded_like, whole
@@ -17,12 +18,11 @@ from funcparam.parametrization.sharding import sharded_like, whole
 if TYPE_CHECKING:
     from os import PathLike
 
-    from funcparam.binding.module import Parametrized
     from funcparam.checkpoint import Contents
 
 
 def respell(
-    model: Parametrized, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
+    model: Shell, state_dict: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
 ) -> None:
     """Give the tensors below `prefix` the keys that the shell has for them, in place.
 
@@ -91,14 +91,14 @@ def load_others(net: nn.Module, contents: Contents) -> None:
         )
 
 
-def say(model: Parametrized, metadata: dict[str, Any]) -> None:
+def say(model: Shell, metadata: dict[str, Any]) -> None:
     """Say which transforms wrote raw and state, where a file keeps the versions of modules."""
     from funcparam.checkpoint._spec import KEY, description
 
     metadata[KEY] = description(model.parametrization)
 
 
-def _is_by(model: Parametrized, metadata: Mapping[str, Any]) -> bool:
+def _is_by(model: Shell, metadata: Mapping[str, Any]) -> bool:
     from funcparam.checkpoint._spec import KEY, description
 
     return metadata.get(KEY) in (None, description(model.parametrization))
@@ -125,7 +125,7 @@ def _plain(key: str, prefix: str, names: list[str]) -> str:
 
 
 def _read(
-    model: Parametrized,
+    model: Shell,
     given: Mapping[str, Any],
     prefix: str,
     metadata: Mapping[str, Any],

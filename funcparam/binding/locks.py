@@ -6,17 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from threading import Lock, RLock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from funcparam.binding.places import Tree
-    from funcparam.binding.slots import Slots
-
-L = TypeVar("L", "Tree", "Slots")
-"""What was looked up of a network, and may have to be looked up again."""
 
 # Past the modules, whose copies and pickles know nothing of it.
 _locks: WeakKeyDictionary[nn.Module, tuple[int, RLock]] = WeakKeyDictionary()
@@ -39,6 +32,18 @@ class Several:
         """Give all back."""
         for lock in reversed(self.locks):
             lock.release()
+
+
+class Looked(Protocol):
+    """What was looked up of a network, and may have to be looked up again."""
+
+    @property
+    def lock(self) -> RLock | Several:
+        """That of the network as it was."""
+        ...
+
+
+L = TypeVar("L", bound=Looked)
 
 
 def lock_of(net: nn.Module, modules: Iterable[nn.Module]) -> RLock | Several:

@@ -9,27 +9,35 @@ threads, where nothing is bound, see no difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from threading import Lock, local
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils import checkpoint
 
-if TYPE_CHECKING:
-    from funcparam.binding.binding import Binding
-
 _checkpoint = cast("Any", checkpoint)
+
+
+class Bound(Protocol):
+    """What is bound, and can be bound again with other tensors in the place of some."""
+
+    places: Any
+    tensors: list[Any]
+
+    def again(self, instead: Mapping[int, Tensor]) -> AbstractContextManager[Any]:
+        """The block, once more."""
+        ...
 
 
 class _Thread(local):
     """What this thread has bound, innermost last."""
 
     def __init__(self) -> None:
-        self.bound: list[Binding] = []
+        self.bound: list[Bound] = []
 
 
 class _Watch:
@@ -60,7 +68,7 @@ _thread = _Thread()
 _watch = _Watch()
 
 
-def push(binding: Binding) -> None:
+def push(binding: Bound) -> None:
     """Note what is bound."""
     if not _thread.bound:
         _watch.start()

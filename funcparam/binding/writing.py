@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcparam.binding.binding import Binding
 from funcparam.binding.dotted import changed, overwrite
+from funcparam.binding.shell import Shell
 from funcparam.binding.slots import refuse_write
 from funcparam.parametrization.boundary import value_of
 from funcparam.parametrization.sharding import whole
 from funcparam.parametrization.values import inverted
 
-if TYPE_CHECKING:
-    from funcparam.binding.module import Parametrized
-
 
 @contextmanager
-def to_raw(shell: Parametrized, binding: Binding | None) -> Generator[None]:
+def to_raw(shell: Shell, binding: Binding | None) -> Generator[None]:
     """A block that notices writes to what is bound; in a compiled one nothing is."""
     if binding is None:
         yield
@@ -32,7 +30,7 @@ def to_raw(shell: Parametrized, binding: Binding | None) -> Generator[None]:
         _write(shell, written)
 
 
-def _write(shell: Parametrized, values: Mapping[str, Any]) -> None:
+def _write(shell: Shell, values: Mapping[str, Any]) -> None:
     """Set raw and state to the right inverse of some values, all of them or none."""
     p = shell.parametrization
     entries = {entry.name: entry for entry in p.entries}
