@@ -179,6 +179,12 @@ def moved_out_of_several_groups():
     fp.move(p, fp.parametrize(net, []), raw, state, optimizer)
 
 
+def moved_to_another_kind():
+    p, q = of(None, torch.eye(2)), of(fp.transforms.Orthogonal(), torch.eye(2))
+    raw, state = p.init({"w": torch.eye(2)})
+    fp.move(p, q, raw, state, fp.groups(raw, p).optimizer())
+
+
 def moved_in_views():
     p = fp.parametrize(NET, {"weight": WeightNorm(dim=None)})
     raw, state = p.init(NET)

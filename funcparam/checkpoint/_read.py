@@ -26,6 +26,7 @@ from funcparam.parametrization.boundary import (
     expect_finite,
 )
 from funcparam.parametrization.parametrization import Parametrization
+from funcparam.parametrization.values import said_moves
 from funcparam.transforms._spellings import Spelling, infer, spellings
 from funcparam.transforms.contract.base import State
 from funcparam.transforms.contract.signature import TensorSpec, describe
@@ -185,12 +186,9 @@ def _check(p: Parametrization[Any], raw: Any, state: Any, missing: Collection[st
 def warn_of_moves(contents: Contents, prefix: str = "", *, stacklevel: int) -> None:
     """Say which values were projected; the prefix is what they are in."""
     if contents.moved:
-        p, moves = contents.p, contents.moved.items()
-        listed = [f"{prefix + name!r} by up to {by:.2g}, to {p[name]!r}" for name, by in moves]
-        more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
         warnings.warn(
             "values of the file do not satisfy their constraints and were projected:"
-            f" {'; '.join(listed[:4])}{more}",
+            f" {said_moves(contents.p, contents.moved, prefix)}",
             stacklevel=stacklevel,
         )
 

@@ -138,6 +138,17 @@ def log_moves(
             _LOGGER.info("%r was projected by up to %.2g, to %r", name, by, transform)
 
 
+def said_moves(
+    transforms: Mapping[str, AnyTransform], by: Mapping[str, float], prefix: str = ""
+) -> str:
+    """Which values were projected, in words; the prefix is what they are in."""
+    listed = [
+        f"{prefix + name!r} by up to {far:.2g}, to {transforms[name]!r}" for name, far in by.items()
+    ]
+    more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
+    return f"{'; '.join(listed[:4])}{more}"
+
+
 @contextmanager
 def naming(name: str, transform: AnyTransform) -> Generator[None]:
     """Begin the errors of a transform with the name of its weight."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from funcparam.parametrization.boundary import RawTree, StateTree
+from funcparam.parametrization.boundary import RawTree, StateTree, distance_moved
 from funcparam.parametrization.parametrization import Parametrization
+from funcparam.parametrization.values import said_moves
+from funcparam.training.arguments import expect_parametrization
 from funcparam.training.moments import carried_squares, moments, order
 from funcparam.training.together import Together
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
@@ -38,11 +41,13 @@ def move(
 
     What an optimizer trains stays what it trains: new entries are written into the tensors of
     `raw` that have the same key and shape, `requires_grad` is kept, and tensors that are new take
-    the place of the old ones in the optimizer's groups. The optimizer's moments come along: means
-    of gradients (Adam, SGD, Lion, Muon) by the Jacobians of the two maps, `m -> J_q^T (J_p^T)^+ m`;
-    means of squares by the square of the factor by which the length of the mean changed, which is
-    exact where the move only scales, and raised where the next step of an entry would be longer
-    than the longest before. Of a weight whose raw changes its shape they begin anew.
+    the place of the old ones in the optimizer's groups. What a rule froze (`Frozen`, or the weight
+    of an adapter) is trained where the new rule trains it. Moments of the optimizer come along:
+    means of gradients (Adam, SGD, Lion, Muon) by the Jacobians of the two maps,
+    `m -> J_q^T (J_p^T)^+ m`; means of squares by the square of the factor by which the length of
+    the mean changed, which is exact where the move only scales, and raised where the next step of
+    an entry would be longer than the longest before. Of a weight whose raw changes its shape they
+    begin anew.
 
     Moving at every step makes any optimizer a Riemannian one; the map is its retraction. Source:
     Lezcano-Casado, arXiv 1909.09501.
@@ -60,9 +65,15 @@ def move(
         Raw and state of `q`.
 
     Raises:
-        ValueError: the parametrizations are of different weights; `q` cannot represent a value; the
-            optimizer does not have a tensor of raw, keeps what nobody can carry over, or has
-            several groups, of which nothing says the one for a new tensor. Nothing was changed.
+        TypeError: `p` or `q` is no parametrization.
+        ValueError: the parametrizations are of different weights; a value lies outside of what `q`
+            takes (a negative one for `Positive`); the optimizer does not have a tensor of raw,
+            keeps what nobody can carry over, has several groups, of which nothing says the one for
+            a new tensor, or groups of another kind than the tensor is from now on. Nothing was
+            changed.
+
+    Warns:
+        UserWarning: a value does not satisfy its new constraint and was projected.
 
     Example:
         >>> import torch, funcparam as fp
@@ -78,39 +89,62 @@ def move(
         >>> torch.allclose(p(raw, state)["weight"], before, atol=1e-6)
         True
     """
+    for given in (p, q):
+        expect_parametrization(given, "fp.move(p, q, raw, state)")
     _expect_same_weights(p, q)
     with torch.no_grad():
-        new_raw, new_state = _moved(p, q, raw, state)
+        new_raw, new_state, by = _moved(p, q, raw, state)
     old_given = p._plan.given(raw, state)  # pyright: ignore[reportPrivateUsage]
     new_given = q._plan.given(new_raw, new_state)  # pyright: ignore[reportPrivateUsage]
     result: dict[str, Raw] = {}
     writes: list[Callable[[], object]] = []
+    tensors = {name: [*flat(own).values()] for name, own in raw.items()}
+    is_training = optimizer is not None or any(
+        t.requires_grad for own in tensors.values() for t in own
+    )
     for name, own in new_raw.items():
-        weight = _Weight(name, flat(raw[name]), flat(own))
+        tensors.pop(name)
+        rules = p.get(name), q.get(name)
+        weight = _Weight(name, rules, flat(raw[name]), flat(own), is_training)
         result[name] = unflat(weight.result)
         if not weight.is_new:
             continue
         writes += weight.writes()
         if optimizer is not None:
             carry = _carry(p, q, name, (raw, old_given), (new_raw, new_given))
-            writes += weight.optimizer_writes(optimizer, carry)
+            later = [tensor for own in tensors.values() for tensor in own]
+            writes += weight.optimizer_writes(optimizer, carry, later)
     if p == q:
         new_state = {n: _held(raw[n], state[n], own, writes) for n, own in new_state.items()}
     with torch.no_grad():
         for write in writes:
             write()
+    if by:
+        warnings.warn(
+            f"values do not satisfy their new constraints and were projected: {said_moves(q, by)}",
+            stacklevel=2,
+        )
     return result, new_state
 
 
 class _Weight:
     """The raw of one weight, before and after."""
 
-    def __init__(self, name: str, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-        self.name, self.old, self.new = name, old, new
+    def __init__(
+        self,
+        name: str,
+        rules: tuple[AnyTransform | None, AnyTransform | None],
+        old: dict[str, Tensor],
+        new: dict[str, Tensor],
+        is_training: bool,  # noqa: FBT001
+    ) -> None:
+        self.name, self.rules, self.old, self.new = name, rules, old, new
         self.is_new = old.keys() != new.keys() or any(new[key] is not old[key] for key in new)
-        trains = any(tensor.requires_grad for tensor in old.values())
+        trained = any(tensor.requires_grad for tensor in old.values())
         self.result = {
-            key: old[key] if _alike(tensor, old.get(key)) else _fresh(tensor, trains)
+            key: old[key]
+            if _alike(tensor, old.get(key))
+            else _fresh(tensor, trained or (is_training and (not old or self._adapts(key))))
             for key, tensor in new.items()
         }
 
@@ -121,12 +155,13 @@ class _Weight:
                 yield partial(tensor.copy_, self.new[key].detach().clone())
 
     def optimizer_writes(
-        self, optimizer: Optimizer, carry: Carry
+        self, optimizer: Optimizer, carry: Carry, later: Sequence[Tensor]
     ) -> Iterator[Callable[[], object]]:
-        """What brings the optimizer along."""
-        if not any(tensor.requires_grad for tensor in self.old.values()):
-            return
+        """What brings the optimizer along; in its groups the weight is before `later` ones."""
         homes = self._homes(optimizer)
+        if self.old and not homes and not any(t.requires_grad for t in self.result.values()):
+            return  # it is frozen, and the optimizer's none
+        self._expect_same_kinds(homes)
         kept = {key: moments(optimizer, self._path(key), t) for key, t in self.old.items()}
         if self._stays():
             yield from self._carried(kept, carry)
@@ -139,13 +174,11 @@ class _Weight:
         for key, tensor in self.old.items():
             if self.result.get(key) is tensor:
                 yield partial(_begin_anew, optimizer.state.get(tensor, {}))
-        gone = [t for k, t in self.old.items() if self.result.get(k) is not t]
         come = [
-            (self._home(key, homes), self._path(key), tensor)
+            (self._home(key, homes, optimizer), self._path(key), tensor)
             for key, tensor in self.result.items()
-            if self.old.get(key) is not tensor
         ]
-        yield partial(_exchange, optimizer, gone, come)
+        yield partial(_exchange, optimizer, [*self.old.values()], come, later)
 
     def _stays(self) -> bool:
         return all(self.result.get(key) is tensor for key, tensor in self.old.items()) and len(
@@ -175,23 +208,25 @@ class _Weight:
                 yield from (partial(v.copy_, part) for v, part in zip(views, parts, strict=True))
 
     def _homes(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-        """The group of each tensor of the old raw."""
+        """The group of each tensor of the old raw that is in one."""
         found: dict[int, dict[str, Any]] = {}
         for group in optimizer.param_groups:
             found |= {id(tensor): group for tensor in group["params"]}
         for key, tensor in self.old.items():
-            if id(tensor) not in found:
+            if tensor.requires_grad and id(tensor) not in found:
                 raise ValueError(
                     f"{self._path(key)!r}: expected an optimizer that has this tensor of raw; it is"
                     " in none of its groups. Give the optimizer that trains raw"
                 )
-        return {key: found[id(tensor)] for key, tensor in self.old.items()}
+        return {key: found[id(t)] for key, t in self.old.items() if id(t) in found}
 
-    def _home(self, key: str, homes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The group for a new tensor: of the one with its key, or the only one that there is."""
+    def _home(
+        self, key: str, homes: Mapping[str, dict[str, Any]], optimizer: Optimizer
+    ) -> dict[str, Any]:
+        """The group for a tensor: of the one with its key, or the only one that there is."""
         if key in homes:
             return homes[key]
-        first, *rest = homes.values()
+        first, *rest = homes.values() if homes else optimizer.param_groups
         if "kind" in first or any(group is not first for group in rest):
             raise ValueError(
                 f"{self._path(key)!r}: expected a tensor that the optimizer has, or one group for"
@@ -200,20 +235,40 @@ class _Weight:
             )
         return first
 
+    def _expect_same_kinds(self, homes: Mapping[str, dict[str, Any]]) -> None:
+        """Raise where a group of fp.groups has a tensor that is of another kind from now on."""
+        for key in (key for key in self.result if "kind" in homes.get(key, ())):
+            before, after = ("weight" if t is None else t.role(key) for t in self.rules)
+            if before != after:
+                raise ValueError(
+                    f"{self._path(key)!r}: the optimizer has it as {before!r}, and under its new"
+                    f" rule it is {after!r}, which fp.groups trains in another way. Move without"
+                    " the optimizer, and make groups and optimizer anew"
+                )
+
+    def _adapts(self, key: str) -> bool:
+        rule = self.rules[1]
+        return rule is not None and rule.adapts(key)
+
     def _path(self, key: str) -> str:
         return f"{self.name}.{key}" if key else self.name
 
 
 def _moved(
     p: Parametrization[Any], q: Parametrization[Any], raw: RawTree, state: StateTree
-) -> Moved:
+) -> tuple[dict[str, Raw], dict[str, State], dict[str, float]]:
+    """Raw and state of q, and by how much a value had to be projected."""
     if p == q:
-        return p.rebase(raw, state)
-    new_raw, new_state = q.init(p(raw, state))
-    same = [entry.name for entry in p.entries if p.get(entry.name) == q.get(entry.name)]
+        new_raw, new_state = p.rebase(raw, state)
+        return new_raw, new_state, {}
+    values = p(raw, state)
+    new_raw, new_state = q.init(values)
+    now = q(new_raw, new_state)
+    same = {entry.name for entry in p.entries if p.get(entry.name) == q.get(entry.name)}
+    by = {name: distance_moved(values[name], now[name]) for name in q if name not in same}
     new_raw |= {name: raw[name] for name in same}
     new_state |= {name: state[name] for name in same if name in state}
-    return new_raw, new_state
+    return new_raw, new_state, {name: far for name, far in by.items() if far}
 
 
 def _held(raw: Raw, old: State, new: State, writes: list[Callable[[], object]]) -> State:
@@ -282,16 +337,27 @@ def _begin_anew(own: Any) -> None:
 
 
 def _exchange(
-    optimizer: Optimizer, gone: list[Tensor], come: list[tuple[dict[str, Any], str, Tensor]]
+    optimizer: Optimizer,
+    old: Sequence[Tensor],
+    new: Sequence[tuple[dict[str, Any], str, Tensor]],
+    later: Sequence[Tensor],
 ) -> None:
-    """Let tensors take the place of others, and their names where a group has names."""
-    dropped = {id(tensor) for tensor in gone}
+    """Let tensors stand where others were, else before later ones, their names likewise.
+
+    So the order is that of `fp.trainable`, by which PyTorch's optimizers load their state.
+    """
+    gone, after = set(map(id, old)), set(map(id, later))
     for group in optimizer.param_groups:
-        kept = [i for i, tensor in enumerate(group["params"]) if id(tensor) not in dropped]
-        own = [(name, tensor) for home, name, tensor in come if home is group]
-        for key in ("names", "param_names"):  # fp.groups', and PyTorch's
-            if key in group:
-                group[key] = [group[key][i] for i in kept] + [name for name, _ in own]
-        group["params"] = [group["params"][i] for i in kept] + [tensor for _, tensor in own]
-    for tensor in gone:
-        optimizer.state.pop(tensor, None)
+        params: list[Tensor] = group["params"]
+        own = [(name, tensor) for home, name, tensor in new if home is group]
+        places = [i for i, t in enumerate(params) if id(t) in gone]
+        places += [i for i, t in enumerate(params) if id(t) in after] + [len(params)]
+        kept = [i for i, t in enumerate(params) if id(t) not in gone]
+        at = sum(i < places[0] for i in kept)
+        lists = {key: [name for name, _ in own] for key in ("names", "param_names") if key in group}
+        for key, added in {**lists, "params": [tensor for _, tensor in own]}.items():
+            stay = [group[key][i] for i in kept]
+            group[key] = [*stay[:at], *added, *stay[at:]]
+    for tensor in old:
+        if not any(tensor is t for _, _, t in new):
+            optimizer.state.pop(tensor, None)

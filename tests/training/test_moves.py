@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from funcparam.transforms import (
     Positive,
     SpectralNorm,
     Stiefel,
+    Symmetric,
     UnitNorm,
     WeightNorm,
 )
@@ -132,7 +134,9 @@ def test_a_rule_that_is_added_changed_and_removed(make):
         goal = p(raw, state)["weight"].detach().clone()
         if isinstance(q.get("weight"), SpectralNorm):
             goal /= torch.linalg.matrix_norm(goal, 2)
-        raw, state = fp.move(p, q, raw, state, optimizer)
+        projects = isinstance(q.get("weight"), SpectralNorm)
+        with pytest.warns(UserWarning, match="projected") if projects else nullcontext():
+            raw, state = fp.move(p, q, raw, state, optimizer)
         torch.testing.assert_close(q(raw, state)["weight"], goal)
         held = {id(t) for group in optimizer.param_groups for t in group["params"]}
         assert held == {id(t) for t in fp.named(raw).values()}
@@ -298,6 +302,107 @@ def test_frozen_and_untrained():
     assert not moved["w"].requires_grad
 
 
+def layers(*rules):
+    """Three layers, and a parametrization for each of these rules."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+    return net, *(fp.parametrize(net, own) for own in rules)
+
+
+def learn(p, raw, state, optimizer, net, steps=2):
+    losses = []
+    for x in torch.linspace(-1, 1, 8 * steps).reshape(steps, 2, 4):
+        optimizer.zero_grad()
+        loss = torch.func.functional_call(net, p(raw, state), (x,)).sin().sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("to", [{"0.weight": LoRA(4)}, {"1.weight": WeightNorm()}])
+def test_the_order_of_an_optimizer_is_that_of_raw(to):
+    """By which PyTorch's optimizers load their state."""
+    net, p, q = layers([], to)
+    raw, state = p.init(net)
+    optimizer = torch.optim.Adam(fp.trainable(raw), lr=0.1)
+    learn(p, raw, state, optimizer, net)
+    raw, state = fp.move(p, q, raw, state, optimizer)
+    (group,) = optimizer.param_groups
+    assert [*map(id, group["params"])] == [*map(id, fp.trainable(raw))]
+    learn(q, raw, state, optimizer, net)
+    again = copy.deepcopy(raw)
+    resumed = torch.optim.Adam(fp.trainable(again), lr=0.1)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert learn(q, raw, state, optimizer, net) == learn(q, again, state, resumed, net)
+
+
+@pytest.mark.parametrize("transform", [Frozen(), LoRA(2)])
+def test_a_weight_that_a_rule_froze_trains_when_the_rule_goes(transform):
+    net, p, q = layers(
+        {"1.weight": Frozen()}, [] if transform == Frozen() else {"1.weight": LoRA(2)}
+    )
+    raw, state = p.init(net)
+    optimizer = torch.optim.Adam(fp.trainable(raw), lr=0.1)
+    learn(p, raw, state, optimizer, net)
+    before = p(raw, state)["1.weight"].clone()
+    raw, state = fp.move(p, q, raw, state, optimizer)
+    torch.testing.assert_close(q(raw, state)["1.weight"], before)
+    (group,) = optimizer.param_groups
+    assert [*map(id, group["params"])] == [*map(id, fp.trainable(raw))]
+    learn(q, raw, state, optimizer, net)
+    assert (q(raw, state)["1.weight"] - before).abs().max() > 1e-3
+    groups = fp.groups(p.init(net)[0], p, net)
+    for given in (groups.optimizer(), torch.optim.SGD(groups.param_groups(lr=0.1))):
+        raw, state = p.init(net)
+        with pytest.raises(ValueError, match="'1.weight.*make .* anew"):
+            fp.move(p, q, raw, state, given)
+
+
+def test_an_adapter_of_a_frozen_weight_trains():
+    net, p, q = layers([], {"1.weight": LoRA(2)})
+    raw, state = p.init(net)
+    trained = [fp.trainable(raw)[0], fp.trainable(raw)[2]]
+    raw["1.weight"].requires_grad_(False)
+    for optimizer in (None, torch.optim.SGD(trained, lr=0.1)):
+        moved, _ = fp.move(p, q, raw, state, optimizer)
+        assert all(tensor.requires_grad for tensor in moved["1.weight"].values())
+    assert [*map(id, optimizer.param_groups[0]["params"])] == [*map(id, fp.trainable(moved))]
+
+
+def test_a_frozen_weight_leaves_the_groups_with_its_tensor():
+    """It may be in the groups of an optimizer, which passes over it."""
+    net, p, q = layers([], {"1.weight": WeightNorm()})
+    raw, state = p.init(net)
+    optimizer = torch.optim.SGD(fp.trainable(raw), lr=0.1)
+    raw["1.weight"].requires_grad_(False)
+    raw, state = fp.move(p, q, raw, state, optimizer)
+    (group,) = optimizer.param_groups
+    assert [*map(id, group["params"])] == [*map(id, fp.named(raw).values())]
+    assert not any(tensor.requires_grad for tensor in raw["1.weight"].values())
+
+
+def test_a_tensor_of_another_kind_is_not_left_in_its_group():
+    net, p, q = layers([], {"1.weight": Orthogonal()})
+    nn.init.orthogonal_(net[1].weight)
+    raw, state = p.init(net)
+    groups = fp.groups(raw, p, net)
+    before = copy.deepcopy(raw)
+    for optimizer in (groups.optimizer(), torch.optim.SGD(groups.param_groups(lr=0.1))):
+        with pytest.raises(ValueError, match="'1.weight': .* as 'weight', .* it is 'relative'"):
+            fp.move(p, q, raw, state, optimizer)
+        torch.testing.assert_close(raw, before, rtol=0, atol=0)
+    fp.move(p, q, raw, state, torch.optim.SGD(fp.trainable(raw)))
+
+
+def test_values_that_a_move_projects_are_said():
+    net, p, q = layers([], {"0.weight": Orthogonal(), "1.weight": Symmetric()})
+    message = r"'0.weight' by up to .*, to Orthogonal\(.*; '1.weight' by up to .* Symmetric"
+    with pytest.warns(UserWarning, match=message) as found:
+        fp.move(p, q, *p.init(net))
+    assert found[0].filename == __file__
+
+
 def test_what_cannot_be_moved():
     values, p = rules(Orthogonal())
     raw, state, optimizer = trained(p, values, OPTIMIZERS["adam"])
@@ -307,6 +412,9 @@ def test_what_cannot_be_moved():
     adagrad = torch.optim.Adagrad(fp.trainable(raw))
     with pytest.raises(ValueError, match="'w': expected moments exp_avg, .*; got 'sum' of Adagrad"):
         fp.move(p, p, raw, state, adagrad)
+    for pair in [(p, {"w": Orthogonal()}), (nn.Linear(1, 1), p)]:
+        with pytest.raises(TypeError, match=r"p: expected a parametrization, in fp.move"):
+            fp.move(*pair, raw, state)
     with pytest.raises(ValueError, match="'w': expected parametrizations of the same weights"):
         fp.move(p, fp.parametrize({"v": values["w"]}, []), raw, state, optimizer)
     negative = fp.parametrize(values, {"w": Positive()})
