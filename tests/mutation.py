@@ -52,7 +52,7 @@ def mutants(source):
         places = (place for node in ast_nodes(tree) for place in operator.mutation_positions(node))
         for occurrence, (start, _) in enumerate(places):
             if start not in ignored:
-                found.setdefault(start, []).append((operator, occurrence, name))
+                found.setdefault(start, []).append((operator, occurrence))
     return found
 
 
@@ -77,9 +77,9 @@ def sample(path, seed):
     places = sorted(found)
     random.Random(f"{seed} {path}").shuffle(places)
     for start in places:
-        operator, occurrence, name = random.Random(f"{seed} {start}").choice(found[start])
+        operator, occurrence = random.Random(f"{seed} {start}").choice(found[start])
         if mutant := _mutated(source, operator, occurrence):
-            yield start[0], name.removeprefix("core/"), mutant
+            yield start[0], mutant
 
 
 def _mutated(source, operator, occurrence):
@@ -171,11 +171,11 @@ class Chosen:
 
 
 def first_failure(tests):
-    """The name of the first that fails, file by file, or nothing."""
+    """The name of the first that fails, or nothing; examples first, then the files with most."""
     files = defaultdict(list)
     for test in tests:
         files[test.split("::")[0]].append(test)
-    for file in sorted(files, key=lambda file: len(files[file])):
+    for file in sorted(files, key=lambda file: (file.startswith("tests"), -len(files[file]))):
         chosen = Chosen(files[file])
         code = pytest.main(["-x", *QUIET, file], [chosen])
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -234,7 +234,7 @@ def main():
         chooser = Chooser(reach, options.seconds)
         for path in files:
             original = path.read_text()
-            for line, what, mutant in islice(sample(path, options.seed), options.count):
+            for line, mutant in islice(sample(path, options.seed), options.count):
                 tests = chooser.tests(path, line)
                 path.write_text(mutant)
                 killer = forked(lambda: first_failure(tests), 60 + 10 * options.seconds)  # noqa: B023
@@ -242,8 +242,8 @@ def main():
                 killers.add(killer)
                 rooms[path.parent][bool(killer)] += 1
                 end = f"killed by {killer}" if killer else f"SURVIVED {len(tests)} tests"
-                text = original.splitlines()[line - 1].strip()
-                print(f"{path}:{line} {what}: {text}\n    {end}", flush=True)
+                text, changed = (code.splitlines()[line - 1].strip() for code in (original, mutant))
+                print(f"{path}:{line} {text}  ->  {changed}\n    {end}", flush=True)
         unsure = forked(lambda: first_failure(sorted(test for test in killers if "::" in test)))
     for room, counts in rooms.items():
         print(f"{room}: {counts[True]} of {counts.total()} killed")

@@ -93,6 +93,14 @@ MUTABLE = ast.Dict | ast.List | ast.Set | ast.DictComp | ast.ListComp | ast.SetC
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
+def test_public_dataclasses_are_frozen(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for decorator in map(ast.unparse, node.decorator_list):
+                assert "dataclass" not in decorator or "frozen=True" in decorator, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
 def test_compilers_can_read_what_is_read_in_a_call(path):
     """Once a graph wrote to any dict they read no mapping proxy, nor what `x.__class__` is."""
     for node in ast.walk(ast.parse(path.read_text())):

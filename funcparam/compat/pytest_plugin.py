@@ -5,7 +5,6 @@ import pytest
 from funcparam.compat import install, uninstall
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Install before a conftest imports anything."""
     _install_for(early_config)

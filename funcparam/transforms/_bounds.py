@@ -190,7 +190,6 @@ class LowerBound(Transform[Tensor]):
         """How far the least entry is below the bound; the one in state counts if it is given."""
         return largest((state.get("low", self.low) - value).clamp_min(0))
 
-    @full_precision
     def log_derivative(self, raw: Tensor, state: State) -> Tensor:
         return logsigmoid(raw)
 
@@ -265,7 +264,6 @@ class UpperBound(Transform[Tensor]):
         """How far the largest entry is above the bound; the one in state counts if it is given."""
         return largest((value - state.get("high", self.high)).clamp_min(0))
 
-    @full_precision
     def log_derivative(self, raw: Tensor, state: State) -> Tensor:
         return logsigmoid(raw)
 

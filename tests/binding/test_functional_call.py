@@ -120,6 +120,15 @@ def test_a_shared_submodule_is_restored_where_torch_leaves_the_values():
         )
 
 
+def test_a_tie_that_is_given_twice_hides_nothing_behind_it():
+    net, _ = net_and_params([])
+    zeros, ones = torch.zeros(3, 3), torch.ones(3, 3)
+    seen = {}
+    net.c.register_forward_pre_hook(lambda m, _: seen.update(c=m.weight))
+    fp.functional_call(net)({"a.weight": zeros, "b.weight": zeros, "c.weight": ones}, (X,))
+    assert seen["c"] is ones
+
+
 def test_one_name_of_a_tie_serves_all():
     net, _ = net_and_params([])
     zeros = torch.zeros(3, 3)

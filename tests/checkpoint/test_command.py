@@ -108,6 +108,10 @@ def test_diff_says_what_differs(here, capsys):
     assert main(["diff", "x.pt", "y.pt", "--tolerance", "0.2"]) == 0
     checkpoint.save({"w": torch.tensor([1.0, 1.0])}, "z.pt")
     assert main(["diff", "x.pt", "z.pt", "--tolerance", "9"]) == 1
+    checkpoint.save({"w": torch.empty(2, device="meta")}, "meta.pt")
+    for files in (["x.pt", "meta.pt"], ["meta.pt", "x.pt"]):
+        assert main(["diff", *files]) == 1
+        assert "on the meta device, without entries" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", ["safetensors", "bin"])

@@ -208,6 +208,17 @@ def test_older_hooks_become_transforms(library):
     module.load_state_dict(before)
 
 
+def test_one_name_of_a_tie_can_be_made_plain_again():
+    net = Tied()
+    nn.init.uniform_(net.encoder.weight, 1, 2)
+    p = fp.parametrize(net, {"encoder.weight": Positive()})
+    module = to_stateful(net, p, *p.init(net))
+    before = module.encoder.weight.detach().clone()
+    parametrize.remove_parametrizations(module.decoder, "weight")
+    for layer in (module.encoder, module.decoder):
+        assert_close(layer.weight.detach(), before)
+
+
 def test_the_older_spectral_norm_of_a_vector_is_refused():
     layer = hooks.spectral_norm(nn.Linear(3, 3), "bias")
     with pytest.raises(TypeError, match="'bias': the hook of spectral_norm computes a vector"):

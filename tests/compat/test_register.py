@@ -31,6 +31,18 @@ def linear(*shape, seed=0, **kwargs):
     return nn.Linear(*(shape or (3, 3)), **kwargs)
 
 
+class Slotted(nn.Linear):
+    __slots__ = ("note",)
+
+
+def test_copies_keep_what_is_in_slots():
+    layer = api.register_parametrization(Slotted(2, 2), "weight", Symmetric())
+    layer.note = [1]
+    twin = copy.deepcopy(layer)
+    assert twin.note == [1]
+    assert twin.note is not layer.note
+
+
 def test_the_attribute_is_computed_and_the_parameter_stays_the_same_object():
     layer = linear()
     weight, before = layer.weight, layer.weight.detach().clone()

@@ -80,7 +80,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(case, shape, dty
     eps = 4 * torch.finfo(dtype).eps if "Chain" in str(case) else 0
     computed = [case.transform.forward]
     if "Quantize" not in str(case):  # whose scale is rounded up
-        computed.append(case.transform.update)
+        computed += [case.transform.update, case.transform.refresh]
     # factors are drawn in the dtype, and the scale of LSQ is rounded up
     if not case.transform.is_adapter and not {"LoRA", "LSQ"} & set(re.findall(r"\w+", str(case))):
         computed.append(inverse(case, value))

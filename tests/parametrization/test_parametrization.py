@@ -250,6 +250,13 @@ def test_bounds_and_ranks_sweep_through_state():
 # Trees, ties, buffers
 
 
+def test_a_tied_buffer_with_a_rule_is_no_plain_buffer():
+    net = nn.BatchNorm1d(3)
+    net.register_buffer("again", net.running_var)
+    p = fp.parametrize(net, {"running_var": Positive()})
+    assert p.buffers == ("running_mean", "num_batches_tracked")
+
+
 class Pair(NamedTuple):
     left: torch.Tensor
     right: dict

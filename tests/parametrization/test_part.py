@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
 
 import funcparam as fp
-from funcparam.transforms import Orthogonal, Positive, SpectralNorm, WeightNorm
+from funcparam.transforms import Orthogonal, Positive, RotateIn, SpectralNorm, WeightNorm
 from tests.networks import Tied, mixed, mlp
 from tests.parametrization.test_shared import turned
 
@@ -103,6 +103,9 @@ def test_what_depends_on_another_weight_stays_with_it():
     message = r"'down.weight': RotateIn\(rotation='R'\) takes the value of 'R', which is not in"
     with pytest.raises(ValueError, match=message):
         p.select("down.*")
+    _, plain, *_ = turned(rules={"R": Orthogonal(), "down.weight": RotateIn("R")})
+    with pytest.raises(ValueError, match=message):  # behind weights without rules
+        plain.select("up.*", "down.weight")
     with pytest.raises(ValueError, match=r"'up.weight': RotateOut\(.* takes the value of 'R'"):
         p.split("R", "down.*")
     assert [*p.select("R")] == ["R"]

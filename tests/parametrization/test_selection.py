@@ -48,7 +48,7 @@ def test_rules_without_effect_are_refused():
         fp.parametrize(Classifier(), {"head.weigth": Mask()})
     with pytest.raises(ValueError, match=r"Conv2d matches nothing; the names are 'rnn.weight_ih"):
         fp.parametrize(Classifier(), {nn.Conv2d: Mask()})
-    with pytest.raises(ValueError, match=r"'zzz' matches nothing; the names are .* and \d+ more"):
+    with pytest.raises(ValueError, match=r"'zzz' matches nothing; the names are .* and 5 more"):
         fp.parametrize(Classifier(), {"zzz": Mask()})
     with pytest.raises(ValueError, match=r"never applies: the earlier rule 'head.\*' takes"):
         fp.parametrize(Classifier(), {"head.*": Mask(), "head.weight": WeightNorm()})

@@ -91,7 +91,8 @@ def test_log_determinants_are_over_the_free_coordinates(chain, shape, of_raw, of
     expected = torch.linalg.slogdet(jacobian).logabsdet
     found = chain.log_abs_det_jacobian(raw, state)
     torch.testing.assert_close(found, expected)
-    gradient = torch.func.grad(chain.log_abs_det_jacobian)(raw, state)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way, which users may look for
+        gradient = torch.func.grad(chain.log_abs_det_jacobian)(raw, state)
     assert gradient.isfinite().all()
 
 

@@ -67,8 +67,15 @@ def test_diagonals_of_cholesky_factors(number, dtype):
         assert (value.diagonal() > 0).all()
 
 
-def test_infinite_raw_stays_infinite_and_nan_is_nan():
-    raw = torch.tensor([torch.inf, torch.nan])
+def test_the_derivative_of_the_square_is_no_larger_than_its_dtype():
+    raw = torch.tensor([4e4], dtype=torch.float16)
+    expected = torch.tensor([8e4]).log().half()  # of a number that float16 does not have
+    assert torch.equal(Positive("square").log_derivative(raw, {}), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_raw_stays_infinite_and_nan_is_nan(dtype):
+    raw = torch.tensor([torch.inf, torch.nan], dtype=dtype)
     value = LowerBound(1.0).forward(raw, {"low": torch.tensor(1.0)})
     assert value[0] == torch.inf
     assert value[1].isnan()
