@@ -81,11 +81,15 @@ def gradients(transform, raw, state):
     return [gradient] if isinstance(gradient, Tensor) else list(gradient.values())
 
 
-def holds(transform, raw, state, roundings, dtype):
+def largest_entry(value):
+    return max(1, value.abs().max().item())
+
+
+def holds(transform, raw, state, roundings, dtype, size=largest_entry):
     raw, state = cast(raw, dtype), cast(state, dtype)
     value = transform.forward(raw, state)
     assert value.isfinite().all()
-    bound = roundings * torch.finfo(dtype).eps * max(1, value.abs().max().item())
+    bound = roundings * torch.finfo(dtype).eps * size(value.double())
     violation = transform.violation(value.double(), cast(state, torch.float64))
     assert violation.isnan() if isinstance(transform, DoRA) else violation <= bound
     assert all(t.isfinite().all() for t in gradients(transform, raw, state))
