@@ -7,6 +7,7 @@ optimizer would pass them over without a word; and what initialises it says what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -86,7 +87,7 @@ class Layer:
         self._before("reset_parameters")()
 
     def _before(self, name: str) -> Any:
-        return self.before.get(name) or getattr(type(self.module), name).__get__(self.module)
+        return self.before.get(name) or partial(getattr(type(self.module), name), self.module)
 
     def _expect_values(self, error: Exception | None = None) -> None:
         for path, names in self.owned.items():

@@ -57,7 +57,8 @@ class Stack:
         self.each = vmap(one)
 
     def losses(self, raws, scales, which, x, y):
-        picked = optree.tree_map(lambda stack: stack[which], raws)
+        # by hand: optree's functions do not compile with every PyTorch
+        picked = {n: {key: t[which] for key, t in own.items()} for n, own in raws.items()}
         return (self.each(picked, scales[which], x) - y).square().mean(-1)
 
     def slot(self, index):
