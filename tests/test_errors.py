@@ -179,6 +179,37 @@ def moved_out_of_several_groups():
     fp.move(p, fp.parametrize(net, []), raw, state, optimizer)
 
 
+def written_in_blocks(write, net=None):
+    net = net or nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400))
+    model = fp.Parametrized(
+        net, fp.parametrize(net, {"0.weight": WeightNorm(), "1.weight": Mask()})
+    )
+    with torch.no_grad(), model.bound() as inside:
+        return write(model, inside)
+
+
+def written_late(_, inside):
+    for weight in list(inside.parameters()):
+        weight.fill_(1.0)
+
+
+def written_around(model, inside):
+    inside[0].weight.fill_(1.0)
+    model(torch.ones(1, 400))
+
+
+def written_inside(model, _):
+    with model.bound() as again:
+        again[0].weight.fill_(1.0)
+
+
+def written_in_one_place():
+    net = Tied()
+    model = fp.Parametrized(net, fp.parametrize(net, {"encoder.weight": WeightNorm()}))
+    with model.bound() as inside:
+        inside.encoder.weight = nn.Parameter(torch.ones(5, 5))
+
+
 def moved_to_another_kind():
     p, q = of(None, torch.eye(2)), of(fp.transforms.Orthogonal(), torch.eye(2))
     raw, state = p.init({"w": torch.eye(2)})

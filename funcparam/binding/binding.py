@@ -16,6 +16,7 @@ from funcparam.binding.locks import Several
 from funcparam.binding.places import Place, Places
 from funcparam.binding.recompute import version
 from funcparam.binding.recurrent import renewed
+from funcparam.binding.slots import the_one
 
 if TYPE_CHECKING:
     from funcparam.binding.reading import Reading
@@ -47,6 +48,7 @@ class Binding:
         self._reading = reading
         self._taken: Any = None
         self._block: ExitStack | None = None
+        self._before: list[tuple[int, Any]] | None = None
 
     def __enter__(self) -> Self:
         self._taken = self.places.take()
@@ -63,20 +65,36 @@ class Binding:
         self.places.put_back(self._taken)
         self._taken = None
 
-    def written(self, before: Sequence[Any]) -> dict[str, Any]:
-        """What was put in the place of a value since, and values that were written to.
+    def watch_writes(self) -> None:
+        """From now on, know what the network writes."""
+        self._before = self._marks()
+
+    def written(self) -> dict[str, Any]:
+        """What was put in the place of a value, and values that were written to.
 
         What is differentiated is part of a computation, and no write.
 
-        Args:
-            before: what [`marks`][..marks] was when the block began.
+        Raises:
+            RuntimeError: it is not clear what was written.
         """
-        marked = zip(self.places.names, self.tensors, before, self.marks(), strict=True)
+        if self._before is None:
+            return {}
+        marked = zip(self.places.names, self.tensors, self._before, self._marks(), strict=True)
         found = {name: value for name, value, old, new in marked if old != new and old[1] is new[1]}
-        found |= self.places.written(self.tensors)
+        for name, value, there in zip(
+            self.places.names, self.tensors, self.places.there(), strict=True
+        ):
+            if any(tensor is not value for tensor in there):
+                found[name] = the_one(name, there)
         return found if self._reading is None else found | self._reading.written()
 
-    def marks(self) -> list[tuple[int, Any]]:
+    def last_written(self) -> dict[str, Any]:
+        """The same, at the end of the block."""
+        written = self.written()
+        self._before = None
+        return written
+
+    def _marks(self) -> list[tuple[int, Any]]:
         """How often each value was written to, and what it was made by."""
         return [(version(t), t.grad_fn) for t in self.tensors]
 

@@ -29,7 +29,7 @@ from funcparam.binding.kinds import kind
 from funcparam.binding.layers import name_raw, unname_raw
 from funcparam.binding.locks import hold
 from funcparam.binding.making import evolves, gathered, parts_of
-from funcparam.binding.modes import fx_tracer
+from funcparam.binding.modes import Modes, fx_tracer
 from funcparam.binding.pins import is_checkpointed, settle
 from funcparam.binding.places import Place
 from funcparam.binding.slots import Slots, places, refuse_write
@@ -165,7 +165,7 @@ class Parametrized(nn.Module):
         if (tracer := fx_tracer(args, kwargs)) is not None:
             path = tracer.path_of_module(self)
             return tracer.create_proxy("call_module", path, args, kwargs)
-        with self._block(self._own):
+        with self._block(self._next):
             return self._net(*args, **kwargs)
 
     @contextmanager
@@ -175,11 +175,12 @@ class Parametrized(nn.Module):
         In training mode it first advances what evolves, as a call does.
 
         Yields:
-            The network, `self.net`. At the end of the block the values are taken out again, and
-            those that were written to (not by `.data`) go to raw.
+            The network, `self.net`. What was written to a value, under `torch.no_grad()` and not by
+            `.data`, goes to raw by the right inverse; a compiler does not notice it.
 
         Raises:
-            ValueError: a value that was written is none that its transform takes; raw is as before.
+            ValueError: a value that was written is none that its transform takes.
+            RuntimeError: it is not clear what was written. In both cases raw is as before.
 
         Example:
             >>> import torch, funcparam as fp
@@ -190,11 +191,11 @@ class Parametrized(nn.Module):
             ...     net.weight.sum()
             tensor(6.)
         """
-        with self._block(lambda: whole(self._own())) as binding, to_raw(self, binding):
+        with self._block(self._next_to_watch) as binding, to_raw(self, binding):
             yield self._net
 
     @contextmanager
-    def _block(self, own: Callable[[], Tree]) -> Generator[Binding | None]:
+    def _block(self, make: Callable[[], Values]) -> Generator[Binding | None]:
         if torch.compiler.is_compiling():  # which follows every table, and needs no lock
             with traced(self._traced()):
                 yield None
@@ -202,7 +203,7 @@ class Parametrized(nn.Module):
         slots = hold(self.__dict__.get("_slots") or self._looked_up(), self._looked_up)
         try:
             slots.expect_empty()
-            tensors, reading = self._next(*own())
+            tensors, reading = make()
             places = slots.every
             if reading is not None:
                 places = slots.of(self._evaluation.at_once)
@@ -227,8 +228,6 @@ class Parametrized(nn.Module):
         """What this has not, and the network has, is set there, where something reads it."""
         if not attributes.put(self, name, value):
             super().__setattr__(name, value)
-
-    # Looking
 
     def raw_and_state(self) -> tuple[dict[str, Raw], dict[str, State]]:
         """Return the tensors of this module as `p` takes them; nothing is copied.
@@ -385,8 +384,6 @@ class Parametrized(nn.Module):
         own = {name: item for name, item in self.__dict__.items() if name != "_slots"}
         return _blank, (type(self)._base, type(self)._made_for), own
 
-    # Inside
-
     @property
     def _net(self) -> nn.Module:
         return cast("nn.Module", self._modules["net"])
@@ -396,12 +393,13 @@ class Parametrized(nn.Module):
         held = cast("dict[str, nn.Module]", self._modules)
         return collect(self._layout, held["raw"], held["state"])
 
-    def _next(self, raw: dict[str, Raw], state: dict[str, State]) -> Values:
+    def _next(self, own: Tree | None = None) -> Values:
         """The values of the next call.
 
         They have tensors of their own, which a later update does not write to: several forwards
         may come before one backward, which needs the state of each.
         """
+        raw, state = own or self._own()
         if not (self.training and self._evolves):
             return self._evaluation.values(raw, state)
         tracing = torch.compiler.is_dynamo_compiling()
@@ -414,6 +412,11 @@ class Parametrized(nn.Module):
         used, kept = settle(olds, news)
         overwrite(olds, kept)
         return self._evaluation.values(raw, refilled(state, new, used))
+
+    def _next_to_watch(self) -> Values:
+        """The same, whole, and counting what is written to them."""
+        with Modes(()).entered():
+            return self._next(whole(self._own()))
 
     def _expect_empty(self) -> None:
         if not torch.compiler.is_compiling():  # which need not guard on every table
@@ -433,7 +436,7 @@ class Parametrized(nn.Module):
         for name, at in found:
             if isinstance(at.read(), nn.Parameter):  # what a block around this put there is none
                 refuse_write(name)
-        tensors = self._next(*self._own()).tensors
+        tensors = self._next().tensors
         return [(tensors[name], at) for name, at in found]
 
 

@@ -96,6 +96,13 @@ class Places:
         """Whether the names of each tie have one tensor."""
         return all(tensors[i] is tensors[j] for i, j in self.repeated)
 
+    def there(self) -> list[list[Any]]:
+        """What is in each place of each name; None in one that was deleted."""
+        found: list[list[Any]] = [[] for _ in self.names]
+        for table, key, i in zip(self.tables, self.keys, self._sources, strict=True):
+            found[i].append(_get(table, key))
+        return found
+
     def written(self, tensors: list[Any]) -> Iterator[tuple[str, Any]]:
         """The names with another tensor in their first place than was put there."""
         try:

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from funcparam.binding.modes import Modes, is_plain_eager
 from funcparam.binding.places import Place
 from funcparam.binding.recompute import Recent, Recomputed, Saved, version
+from funcparam.binding.slots import the_one
 from funcparam.binding.tables import read_later
 from funcparam.parametrization.boundary import RawTree, StateTree
 from funcparam.transforms.contract.base import AnyTransform, Raw, State
@@ -47,6 +48,7 @@ class Reading:
         self._recomputed = Recomputed() if modes.grad else None
         self._recent: Recent[_Made] = Recent(_is_untouched)
         self._through = True
+        self._ghosts: list[tuple[str, Tensor, int]] = []
         self._places: Sequence[tuple[str, Place]] = ()
 
     def finds(self, at: Mapping[str, Sequence[Place]]) -> bool:
@@ -70,15 +72,23 @@ class Reading:
             return stack.pop_all()
 
     def written(self) -> dict[str, Any]:
-        """The values that were written to, and what was put in the place of one."""
-        found: dict[str, Any] = {
-            str(name): made.value for name, made in self._recent.undroppable().items()
-        }
+        """The values that were written to, and what was put in the place of one.
+
+        Raises:
+            RuntimeError: a value was written to when it was dropped already.
+        """
+        found = {str(name): made.value for name, made in self._recent.undroppable().items()}
+        for name, ghost, before in self._ghosts:
+            if version(ghost) != before and name not in found:
+                raise RuntimeError(
+                    f"{name!r} was written to after the network had read another weight, when its"
+                    " value was dropped: write to one weight after the other"
+                )
+        there: dict[str, list[Any]] = {}
         for name, place in self._places:
-            own = _get(place.entries(), place.key)
-            if own is not None:
-                found[name] = own
-        return found
+            there.setdefault(name, []).append(_get(place.entries(), place.key))
+        put = {name: the_one(name, own) for name, own in there.items() if any(map(_is_some, own))}
+        return found | put
 
     def _read(self, name: str, owner: nn.Module) -> Tensor:
         return self._recent.get(name, owner, partial(self._make, name, owner)).value
@@ -97,7 +107,15 @@ class Reading:
                 value = transform.forward(raw, state)
             if not is_plain_eager():  # read in a transform, and made as if outside of it
                 value = torch.func.debug_unwrap(value)
+        if is_plain_eager():
+            ghost = value.detach()
+            ghost.data = value.new_empty(0)  # it keeps no memory, and counts writes to the value
+            self._ghosts.append((name, ghost, version(ghost)))
         return _Made(value, version(value))
+
+
+def _is_some(tensor: Any) -> bool:
+    return tensor is not None
 
 
 def modes_of(names: Mapping[str, Any], raw: RawTree, state: StateTree) -> Modes:

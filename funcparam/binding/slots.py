@@ -12,7 +12,7 @@ from typing_extensions import Never
 
 from funcparam.binding.locks import lock_of
 from funcparam.binding.places import Place, Places
-from funcparam.binding.watch import is_bound
+from funcparam.binding.watch import expect_unwritten, is_bound
 
 _get = cast("Any", dict.get)
 
@@ -53,6 +53,7 @@ class Slots:
 
     def expect_empty(self) -> None:
         """Raise if somebody wrote to a slot, whose tensor would be neither used nor kept."""
+        expect_unwritten(self.net)
         tables, keys = self.every.tables, self.every.keys
         found: list[Any] = list(map(_get, tables, keys))
         if not any(map(is_not, found, repeat(None))) and all(map(contains, tables, keys)):
@@ -79,6 +80,16 @@ def refuse_write(name: str) -> Never:
         f"{name!r} of this Parametrized's network was written to. Its value is computed: write to"
         " model.raw, or load it with model.load_state_dict"
     )
+
+
+def the_one(name: str, there: Sequence[Any]) -> Any:
+    """What is in all places of a value, into which somebody wrote."""
+    if any(tensor is not there[0] for tensor in there):
+        raise RuntimeError(
+            f"{name!r} of this Parametrized's network was written to in one of its places, and not"
+            " in the others, with which it is tied: write to all"
+        )
+    return there[0]
 
 
 def places(net: nn.Module, names: Sequence[str]) -> list[Place]:

@@ -28,6 +28,10 @@ class Bound(Protocol):
     places: Any
     tensors: list[Any]
 
+    def written(self) -> Mapping[str, Any]:
+        """What the network has written since, if anybody wants to know."""
+        ...
+
     def again(self, instead: Mapping[int, Tensor]) -> AbstractContextManager[Any]:
         """The block, once more."""
         ...
@@ -85,6 +89,22 @@ def pop() -> None:
 def is_bound(net: nn.Module) -> bool:
     """Whether this thread has bound something in a network."""
     return any(binding.places.net is net for binding in _thread.bound)
+
+
+def expect_unwritten(net: nn.Module) -> None:
+    """Raise where a block around this has values of a network that were written to."""
+    for binding in _thread.bound:
+        if binding.places.net is net:
+            for name in binding.written():
+                raise RuntimeError(
+                    f"{name!r} was written to in a block around this one, which would use its old"
+                    " value: end that block first"
+                )
+
+
+def is_bound_around(net: nn.Module) -> bool:
+    """Whether it is bound by more than the innermost block."""
+    return sum(binding.places.net is net for binding in _thread.bound) > 1
 
 
 def _frame(recompute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

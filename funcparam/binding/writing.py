@@ -13,6 +13,7 @@ from funcparam.binding.binding import Binding
 from funcparam.binding.dotted import changed, overwrite
 from funcparam.binding.shell import Shell
 from funcparam.binding.slots import refuse_write
+from funcparam.binding.watch import is_bound_around
 from funcparam.parametrization.boundary import value_of
 from funcparam.parametrization.sharding import whole
 from funcparam.parametrization.values import inverted
@@ -24,9 +25,14 @@ def to_raw(shell: Shell, binding: Binding | None) -> Generator[None]:
     if binding is None:
         yield
         return
-    before = binding.marks()
+    binding.watch_writes()
     yield
-    if written := binding.written(before):
+    if written := binding.last_written():
+        if is_bound_around(binding.places.net):
+            raise RuntimeError(
+                f"{min(written)!r} was written to in a block inside of another one, which has its"
+                " old value: write to it before, or in the outer block"
+            )
         _write(shell, written)
 
 

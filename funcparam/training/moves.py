@@ -49,6 +49,9 @@ def move(
     an entry would be longer than the longest before. Of a weight whose raw changes its shape they
     begin anew.
 
+    A [`Parametrized`][funcparam.Parametrized] keeps its parametrization, so of its tensors only
+    base points are moved; for other rules make another one of `model.fold()`.
+
     Moving at every step makes any optimizer a Riemannian one; the map is its retraction. Source:
     Lezcano-Casado, arXiv 1909.09501.
 
@@ -152,7 +155,7 @@ class _Weight:
         """What brings the tensors that stay to their new entries."""
         for key, tensor in self.result.items():
             if tensor is self.old.get(key):
-                yield partial(tensor.copy_, self.new[key].detach().clone())
+                yield partial(_rewrite, tensor, self.new[key].detach().clone())
 
     def optimizer_writes(
         self, optimizer: Optimizer, carry: Carry, later: Sequence[Tensor]
@@ -328,6 +331,11 @@ def _whole(views: list[Tensor], like: Tensor) -> Tensor:
 
 def _none_of(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, requires_grad=False)
+
+
+def _rewrite(tensor: Tensor, new: Tensor) -> None:
+    tensor.copy_(new)
+    tensor.grad = None  # that of the old entries
 
 
 def _begin_anew(own: Any) -> None:

@@ -172,3 +172,74 @@ def test_copies_go_their_own_way():
     before = tensors(other)
     model.reset_parameters()
     torch.testing.assert_close(tensors(other), before, rtol=0, atol=0)
+
+
+def positive(size=400, tied=False):
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(3)))
+    for linear in net:
+        nn.init.uniform_(linear.weight, 0.1, 1)
+    if tied:
+        net[2].weight = net[0].weight
+    return fp.Parametrized(net, fp.parametrize(net, {"*.weight": Positive()}))
+
+
+def into(model, write):
+    with torch.no_grad(), model.bound() as net:
+        write(net)
+
+
+def means(model):
+    return [value.mean().item() for value in model.values().values()]
+
+
+def test_a_large_value_that_was_dropped_is_not_written_in_vain():
+    model = positive()
+    with torch.no_grad(), model.bound() as net:
+        for weight in net.parameters():
+            weight.fill_(2.0)
+    assert means(model) == pytest.approx([2.0] * 3)
+    before = tensors(model)
+    message = "'0.weight' was written to after the network had read another weight"
+    with pytest.raises(RuntimeError, match=message):
+        into(model, lambda net: [weight.fill_(3.0) for weight in list(net.parameters())])
+    torch.testing.assert_close(tensors(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [4, 400])
+def test_in_inference_mode(size):
+    model = positive(size)
+    with torch.inference_mode(), model.bound() as net:
+        net[0].weight.fill_(2.0)
+        assert net[1](torch.ones(1, size)).is_inference()
+    assert means(model)[0] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("size", [4, 400])
+def test_a_tie_is_replaced_whole(size):
+    model = positive(size, tied=True)
+    before = tensors(model)
+    new = nn.Parameter(torch.full((size, size), 5.0))
+    for i in (0, 2):
+        message = "'0.weight' .* written to in one of its places, and not in the others"
+        with pytest.raises(RuntimeError, match=message):
+            into(model, lambda net, i=i: setattr(net[i], "weight", new))
+        torch.testing.assert_close(tensors(model), before, rtol=0, atol=0)
+    with torch.no_grad(), model.bound() as net:
+        net[0].weight = net[2].weight = new
+    assert model.values()["2.weight"].mean().item() == pytest.approx(5.0)
+
+
+def test_blocks_in_blocks_agree_or_say_so():
+    model = positive(4)
+    before = tensors(model)
+    x = torch.ones(1, 4)
+    with torch.no_grad(), model.bound() as net:
+        torch.testing.assert_close(model(x), net(x))
+    message = "'0.weight' was written to in a block around this one"
+    with pytest.raises(RuntimeError, match=message):
+        into(model, lambda net: [net[0].weight.fill_(2.0), model(x)])
+    message = "'0.weight' was written to in a block inside of another one"
+    with pytest.raises(RuntimeError, match=message):
+        into(model, lambda _: into(model, lambda net: net[0].weight.fill_(2.0)))
+    torch.testing.assert_close(tensors(model), before, rtol=0, atol=0)
