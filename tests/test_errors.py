@@ -179,6 +179,11 @@ def moved_out_of_several_groups():
     fp.move(p, fp.parametrize(net, []), raw, state, optimizer)
 
 
+def a_group_twice():
+    saved = optimizer_of(["a"]).state_dict()
+    return saved | {"param_groups": saved["param_groups"] * 2}
+
+
 def written_in_blocks(write, net=None):
     net = net or nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400))
     model = fp.Parametrized(

@@ -69,6 +69,8 @@ def _named(groups: Sequence[Mapping[str, Any]]) -> dict[str, _Trained]:
         told = (group["optimizer"], group["kind"])
         alike = frozenset(group["names"])
         for name, id, shapes in zip(group["names"], group["params"], group["shapes"], strict=True):
+            if name in found:
+                raise ValueError(f"state_dict: {name!r} is there twice: leave one of them out")
             found[name] = _Trained(id, *told, [[*shape] for shape in shapes], alike)
     return found
 

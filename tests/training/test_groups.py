@@ -364,6 +364,16 @@ def test_a_state_of_other_tensors(saved, rules, options, message):
     assert optimizer.state_dict() == before
 
 
+def test_a_state_with_a_group_twice():
+    net, p, raw, _ = network()
+    optimizer = fp.groups(raw, p, net).optimizer()
+    twice = copy.deepcopy(optimizer.state_dict())
+    twice["param_groups"].append(copy.deepcopy(twice["param_groups"][0]))
+    name = twice["param_groups"][0]["names"][0]
+    with pytest.raises(ValueError, match=f"state_dict: '{name}' is there twice"):
+        optimizer.load_state_dict(twice)
+
+
 def test_a_state_of_another_optimizer():
     net, p, raw, _ = network()
     optimizer = fp.groups(raw, p, net).optimizer()
